@@ -818,3 +818,24 @@ def test_the_catalogue_is_found(catalogue, query, slugs):
 @pytest.mark.parametrize("query", ["cheap flights to London", "tax law reform", "qwrtz bnmpf"])
 def test_what_has_nothing_to_do_with_the_papers_finds_little(catalogue, query):
     assert catalogue.search(query, mode="meaning").total == 0
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_brings_the_index_up_to_date(make_database, tmp_path, monkeypatch, capsys):
+    import json
+
+    from broadsheet import cli_index
+    from broadsheet.feed.search import index as module
+
+    monkeypatch.setattr(module, "_shared", Queries(Hashed()))
+    database = make_database("sqlite")
+    fill(database, FEW)
+    monkeypatch.setenv("BROADSHEET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BROADSHEET_DATABASE_URL", str(database.url))
+    cli_index.index(rebuild=False, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"papers": 5, "removed": 0, "vectors": 5, "note": ""}
+    cli_index.index(rebuild=True, as_json=False)
+    assert capsys.readouterr().out == "5 papers taken in, 0 removed, 0 vectors made\n"
+    assert SearchIndex(tmp_path / "home" / "index", database).search("circuits").total == 2

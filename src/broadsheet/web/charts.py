@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from threadpoolctl import threadpool_limits
 
 from broadsheet import catalog
 from broadsheet.feed import papers, ranking
@@ -114,7 +115,8 @@ def _laid_out(vectors: np.ndarray) -> np.ndarray:
     key = hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest()
     with _LAYING_OUT:
         if _LAST.get("key") != key:
-            _LAST.update(key=key, places=np.asarray(ranking.map_of_papers(vectors)))
+            with threadpool_limits(1):  # one page must not take all cores of a machine that serves others
+                _LAST.update(key=key, places=np.asarray(ranking.map_of_papers(vectors)))
         return _LAST["places"]
 
 
