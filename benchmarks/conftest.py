@@ -27,7 +27,8 @@ def benchmark(benchmark: Any) -> Any:
             result, benchmark.extra_info["peak_mib"] = peak(run)
         else:
             result = run()
-            _, benchmark.extra_info["peak_mib"] = peak(lambda: target(*args, **(kwargs or {})))
+            given, named = how["setup"]() if "setup" in how else (args, kwargs or {})
+            _, benchmark.extra_info["peak_mib"] = peak(lambda: target(*given, **named))
         return result
 
     benchmark.pedantic = pedantic

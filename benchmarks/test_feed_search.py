@@ -12,7 +12,6 @@ from made_papers import MadeVectors, queries, records
 from broadsheet.feed.database import Database
 from broadsheet.feed.importing import import_records
 from broadsheet.feed.search import SearchIndex
-from broadsheet.lab.memory import peak
 
 N = 20_000
 ROUNDS = 50
@@ -45,7 +44,6 @@ def setting(tmp_path_factory: Any) -> Setting:
 
 def measure(benchmark: Any, work: Any, asked: Iterator[Any]) -> None:
     """Each round asks something new: nothing is answered from memory."""
-    benchmark.extra_info["peak_mib"] = peak(lambda: work(next(asked)))[1]
     benchmark.pedantic(work, setup=lambda: ((next(asked),), {}), rounds=ROUNDS, warmup_rounds=3)
 
 

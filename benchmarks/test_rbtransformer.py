@@ -45,7 +45,7 @@ class TestEntropy:
         benchmark.extra_info["peak_mib"] = memory.peak(lambda: published_loop(WINDOWS))[1]
 
     def test_torcheeg(self, benchmark):
-        transforms = pytest.importorskip("torcheeg.transforms")
+        transforms = pytest.importorskip("torcheeg.transforms", exc_type=ImportError)
         take = transforms.BandDifferentialEntropy(
             sampling_rate=128, band_dict={k: list(v) for k, v in EMOTION_BANDS.items()}
         )
