@@ -1,15 +1,12 @@
-# make run: install and run a paper; make test: install and test. Needs Python >= 3.11 and make, nothing else.
+# make run: install and open the feed; make test: install and test. Needs Python >= 3.11 and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run serve test test-all lint types check bench docs report clean
+.PHONY: run test test-all lint types check bench docs report clean
 
-run: $(STAMP)  ## run the paper cd-t, print its claims with verdicts
-	$(BIN)/broadsheet run cd-t --preset small
-
-serve: $(STAMP)  ## the feed, at http://127.0.0.1:8000
+run: $(STAMP)  ## the feed, at http://127.0.0.1:8000
 	$(BIN)/broadsheet serve
 
 test: $(STAMP)  ## the fast tests

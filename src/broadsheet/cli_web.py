@@ -28,9 +28,11 @@ def serve(
     uvicorn = need("uvicorn", "web")
     if log not in ("text", "json"):
         raise InvalidInput(f"--log {log!r}: expected text or json")
+    _refuse_unless_free(host, port)
     settings = Settings.load()
-    if "base_url" not in settings.model_fields_set and host in ("127.0.0.1", "localhost"):
-        os.environ["BROADSHEET_BASE_URL"] = f"http://{host}:{port}"
+    if "base_url" not in settings.model_fields_set:
+        name = {"localhost": "localhost", "::1": "[::1]"}.get(host, "127.0.0.1")
+        os.environ["BROADSHEET_BASE_URL"] = f"http://{name}:{port}"
     if workers > 1:
         # Before prometheus_client is imported anywhere: each worker writes its counts there, /metrics adds them up.
         folder = settings.home / "metrics"
@@ -52,6 +54,23 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+def _refuse_unless_free(host: str, port: int) -> None:
+    """Say so in one sentence where nothing can listen there, before an index is built for nothing."""
+    import errno
+    import socket
+
+    from broadsheet.errors import InvalidInput
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been left is free
+            probe.bind(address)
+    except OSError as error:
+        why = "something listens there already" if error.errno == errno.EADDRINUSE else error.strerror
+        raise InvalidInput(f"cannot open the feed at {host}, port {port} ({why}): choose another --port") from error
 
 
 def _prepare(settings: Any) -> None:

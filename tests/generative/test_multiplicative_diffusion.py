@@ -1,6 +1,7 @@
 import copy
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -496,6 +497,27 @@ def test_save_and_load(tmp_path):
     assert again.process == model.process
     assert again.shift == 0.5
     torch.testing.assert_close(sample(again, (5, 2), steps=5), sample(model, (5, 2), steps=5), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_the_additive_model_is_saved_and_loaded(tmp_path, log):
+    with seeded(0):
+        model = AdditiveScoreModel({"name": "ScoreMLP", "dim": 2}, 1.5, log=log)
+    model.fit([lognormal(64, 2)], steps=3)
+    model.save_pretrained(tmp_path)
+    again = AdditiveScoreModel.from_pretrained(tmp_path)
+    assert (again.sigma, again.log) == (1.5, log)
+    assert again.mean.shape == (2,)
+    torch.testing.assert_close(again.sample((5, 2), steps=5), model.sample((5, 2), steps=5), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", [MultiplicativeScoreModel, partial(AdditiveScoreModel, sigma=1.0)])
+def test_what_cannot_be_rebuilt_is_not_saved(tmp_path, model):
+    with pytest.raises(InvalidInput, match="give net as a dict"):
+        model(nn.Linear(2, 2)).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InvalidInput, match="'Resnet': expected one of ResidualMLP, ScoreMLP, ScoreUNet"):
+        model({"name": "Resnet"})
 
 
 class StopsAt(Progress):

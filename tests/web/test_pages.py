@@ -244,4 +244,7 @@ def test_shipped_files_may_be_kept_and_are_compressed(browser):
 def test_the_api_is_described(browser):
     schema = browser.get("/api/openapi.json").json()
     assert {"/api/daily_papers", "/api/papers/search", "/api/v1/search", "/api/v1/claims"} <= set(schema["paths"])
-    assert not [path for path in schema["paths"] if not path.startswith("/api/")]
+    assert [path for path in schema["paths"] if not path.startswith("/api/")] == ["/papers/{paper_id}.md"]
+    for path in ("vote", "comments", "runs"):
+        for operation in schema["paths"][f"/api/v1/papers/{{paper_id}}/{path}"].values():
+            assert operation["security"]

@@ -81,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         fill(site)
         site.supervisor.start()
         site.housekeeper.start()
+        log.info("open at %s", site.base_url)
         yield
         site.supervisor.stop()
         site.housekeeper.stop()
@@ -102,6 +103,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         api.docs,
         api.router,
         hf_api.router,
+        hf_api.reading,
         syndication.router,
         accounts.mailed,
         accounts.router,

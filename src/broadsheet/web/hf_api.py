@@ -9,17 +9,20 @@ from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import PlainTextResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broadsheet.feed import papers, ranking
 from broadsheet.feed.models import Account, Paper
 from broadsheet.feed.papers import PaperCard
+from broadsheet.web.pages import OnePaper
 from broadsheet.web.rendering import asset
 from broadsheet.web.site import Site, site
 
 MOST_TRENDING = 1000
 router = APIRouter(prefix="/api", tags=["Hugging Face papers API"])
+reading = APIRouter(tags=["Hugging Face papers API"])  # that API's one route outside /api
 
 Day = Annotated[str | None, Query(pattern=r"^\d{4}-\d\d-\d\d$", description="Such as 2025-12-08.")]
 Week = Annotated[str | None, Query(pattern=r"^\d{4}-W\d\d$", description="Such as 2025-W50.")]
@@ -135,3 +138,11 @@ def paper_info(request: Request, paper_id: str) -> dict[str, Any]:
         ident = papers.find_paper(session, paper_id).id
         (card,) = papers.cards(session, [ident])
         return _paper(here, card, _submitters(session, [ident]).get(ident)) | {"numComments": card.comments}
+
+
+@reading.get("/papers/{paper_id:path}.md", response_class=PlainTextResponse)
+def read_paper(request: Request, paper: OnePaper) -> PlainTextResponse:
+    """One paper as Markdown: summary, claims with verdicts, abstract."""
+    here = site(request)
+    text = here.templates.get_template("paper.md").render(paper=paper, base_url=here.base_url)
+    return PlainTextResponse(text, media_type="text/markdown; charset=utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Form, Request
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from broadsheet import catalog
 from broadsheet.errors import NotFound
@@ -126,12 +126,6 @@ def figure(request: Request, paper_id: str, name: str) -> Response:
     return FileResponse(file, media_type="image/png", headers={"cache-control": "public, max-age=3600"})
 
 
-@router.get("/papers/{paper_id:path}.md")
-def paper_markdown(request: Request, paper: OnePaper) -> PlainTextResponse:
-    text = site(request).templates.get_template("paper.md").render(paper=paper, base_url=site(request).base_url)
-    return PlainTextResponse(text, media_type="text/markdown; charset=utf-8")
-
-
 @router.get("/papers/{paper_id:path}")
 def paper_page(request: Request, who: Who, paper_id: str, paper: OnePaper) -> Response:
     if paper_id != paper.id:
@@ -211,9 +205,7 @@ def delete_comment(request: Request, who: Who, comment_id: int) -> Response:
 
 
 @router.post("/comments/{comment_id}/report")
-def report_comment(
-    request: Request, who: Who, comment_id: int, reason: Annotated[str, Form()] = "", back: str = "/"
-) -> Response:
+def report_comment(request: Request, who: Who, comment_id: int, reason: Annotated[str, Form()] = "") -> Response:
     here, account = site(request), who.need()
     here.limits.check("write", request, account.id)
     social.report_comment(here.db, account, comment_id, reason)

@@ -3,6 +3,8 @@
 It is what the multiplicative model is compared with: same nets, same loss, same training, same grid of times.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,18 +18,23 @@ class AdditiveScoreModel(DenoisingModel):
     """A variance-exploding diffusion, x_t = x_0 + sigma sqrt(t) Z, whose net estimates Z from standardized x_t.
 
     Args:
-        net: ``net(x, t) -> same shape``.
+        net: ``net(x, t) -> same shape``, or the name and options of one in ``broadsheet.nn.score_networks``, which is
+            what ``save_pretrained`` needs to rebuild the model.
         sigma: noise per square root of time, T = 1.
         log: diffuse log x instead: then the model equals Dale-Langevin diffusion with mu = sigma^2 / 2.
+        mean, std: of x (or log x), per feature or channel, where :meth:`fit` is not to measure them.
     """
 
-    def __init__(self, net: nn.Module, sigma: float, *, log: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, net: nn.Module | dict[str, Any], sigma: float, *, log: bool = False, mean: Any = None, std: Any = None
+    ) -> None:
+        super().__init__(net, mean, std)
         if not sigma > 0:
             raise InvalidInput(f"sigma={sigma}: must be positive")
-        self.net, self.sigma, self.log = net, sigma, log
-        self.register_buffer("mean", torch.tensor(0.0))
-        self.register_buffer("std", torch.tensor(1.0))
+        self.sigma, self.log = sigma, log
+
+    def arguments(self) -> dict[str, Any]:
+        return {"sigma": self.sigma, "log": self.log, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @property
     def diffusion(self) -> Diffusion:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
 from broadsheet.generative.multiplicative_diffusion.process import along, statistics
+from broadsheet.nn import score_networks
 from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.seeding import generator as make_generator
 from broadsheet.nn.training import ExponentialMovingAverage, TrainingReport, cosine_schedule, fit
 
+_NETS = {"ScoreMLP", "ResidualMLP", "ScoreUNet"}
 EARLIEST = 1e-3  # of the whole time: nearer to the data no net is trained, and no sampler goes (the paper's level 1)
 
 
@@ -29,12 +32,44 @@ class Diffusion(NamedTuple):
     end: float
 
 
-class DenoisingModel(nn.Module):
-    """A net trained to estimate the noise Z in y_t; the net sees y_t standardized, and t."""
+class DenoisingModel(nn.Module, PyTorchModelHubMixin):
+    """A net trained to estimate the noise Z in y_t; the net sees y_t standardized, and t.
+
+    Args:
+        net: ``net(x, t) -> same shape``, or the name and options of one in ``broadsheet.nn.score_networks`` such as
+            ``{"name": "ScoreMLP", "dim": 2}``, which is what ``save_pretrained`` needs to rebuild the model.
+        mean, std: of y, per feature or channel, where :meth:`fit` is not to measure them.
+    """
 
     mean: Tensor
     std: Tensor
-    net: nn.Module
+
+    def __init__(self, net: nn.Module | dict[str, Any], mean: Any = None, std: Any = None) -> None:
+        super().__init__()
+        self.options = {} if isinstance(net, nn.Module) else dict(net)
+        if isinstance(net, dict):
+            options = dict(net)
+            name = options.pop("name", None)
+            if name not in _NETS:
+                raise InvalidInput(f"net name {name!r}: expected one of {', '.join(sorted(_NETS))}")
+            net = getattr(score_networks, name)(**options)
+        self.net: nn.Module = net  # pyright: ignore
+        self.register_buffer("mean", torch.tensor(0.0 if mean is None else mean))
+        self.register_buffer("std", torch.tensor(1.0 if std is None else std))
+
+    def arguments(self) -> dict[str, Any]:
+        """What the class is called with, beside the net, to build the same model again; JSON."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """Save weights (safetensors) and what rebuilds the model (config.json).
+
+        Raises:
+            InvalidInput: the net is a module of your own.
+        """
+        if not self.options:
+            raise InvalidInput("a model around a net of your own cannot be rebuilt from a file: give net as a dict")
+        return super().save_pretrained(save_directory, config={"net": self.options, **self.arguments()}, **kwargs)
 
     @property
     def diffusion(self) -> Diffusion:

@@ -1,22 +1,17 @@
 """The score model: multiplicative denoising score matching, its explicit and implicit forms."""
 
 import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
 from broadsheet.generative.multiplicative_diffusion.denoising import DenoisingModel, Diffusion, draw
 from broadsheet.generative.multiplicative_diffusion.process import GBMProcess, LogNormalLaw, require_positive
-from broadsheet.nn import score_networks
-
-_NETS = {"ScoreMLP", "ResidualMLP", "ScoreUNet"}
 
 
-class MultiplicativeScoreModel(DenoisingModel, PyTorchModelHubMixin):
+class MultiplicativeScoreModel(DenoisingModel):
     """A network trained as the score of geometric Brownian motion started from positive data.
 
     The network sees standardized log x_t, not raw x_t: raw values are heavy-tailed once sigma sqrt(t) is beyond 1.
@@ -45,30 +40,16 @@ class MultiplicativeScoreModel(DenoisingModel, PyTorchModelHubMixin):
         log_mean: list | None = None,
         log_std: list | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(net, log_mean, log_std)
         if predicts not in ("noise", "score"):
             raise InvalidInput(f"predicts={predicts!r}: expected 'noise' or 'score'")
-        self.options = {} if isinstance(net, nn.Module) else dict(net)
-        if isinstance(net, dict):
-            options = dict(net)
-            name = options.pop("name", None)
-            if name not in _NETS:
-                raise InvalidInput(f"net name {name!r}: expected one of {', '.join(sorted(_NETS))}")
-            net = getattr(score_networks, name)(**options)
-        self.net: nn.Module = net  # pyright: ignore
         self.process = GBMProcess(**process) if isinstance(process, dict) else process or GBMProcess()
         self.predicts, self.shift, self.floor = predicts, shift, floor
         self.bounds = None if bounds is None else (bounds[0], bounds[1])
-        self.register_buffer("mean", torch.tensor(0.0 if log_mean is None else log_mean))
-        self.register_buffer("std", torch.tensor(1.0 if log_std is None else log_std))
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
-        """Save weights (safetensors) and what rebuilds the model (config.json)."""
-        if not self.options:
-            raise InvalidInput("a model around a net of your own cannot be rebuilt from a file: give net as a dict")
+    def arguments(self) -> dict[str, Any]:
         p = self.process
-        config = {
-            "net": self.options,
+        return {
             "process": {"mu": p.drift, "sigma": p.sigma, "T": p.T},
             "predicts": self.predicts,
             "shift": self.shift,
@@ -77,7 +58,6 @@ class MultiplicativeScoreModel(DenoisingModel, PyTorchModelHubMixin):
             "log_mean": self.mean.tolist(),
             "log_std": self.std.tolist(),
         }
-        return super().save_pretrained(save_directory, config=config, **kwargs)
 
     # --- data -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from broadsheet.errors import InvalidInput
 from broadsheet.nn.neighbours import gaussian_kernel, median_distance
 from broadsheet.nn.plotting import COLOURS, CYCLE, new_axes
+from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.validation import require_finite
 
 Bandwidth = Any  # a positive number, "sqrt_dim" or "median"; checked by `bandwidth`
@@ -176,6 +177,7 @@ def diffusion_spectral_entropy(
     probes: int = 16,
     steps: int = 40,
     memory_gib: int | float = 2.0,
+    progress: Progress = SILENT,
 ) -> SpectralEntropy:
     """Entropy (bits) of the eigenvalues of the random walk on a cloud of activations.
 
@@ -198,6 +200,7 @@ def diffusion_spectral_entropy(
         probes: random vectors of ``"slq"``.
         steps: Lanczos steps of ``"slq"`` at most; it ends earlier where further steps do not move the result.
         memory_gib: ``"slq"`` keeps the kernel if it fits in this much memory and recomputes blocks of it otherwise.
+        progress: where ``"nystroem"`` and ``"slq"`` say how far they are; Ctrl-C stops them between two blocks.
 
     Returns:
         the entropy with its errors; ``float(result)`` or ``result.value`` is the number.
@@ -231,9 +234,9 @@ def diffusion_spectral_entropy(
 
         kernel = (points, width, times, alpha, normalisation)
         if method == "nystroem":
-            estimate, eigenvalues = scalable.by_landmarks(*kernel, landmarks, seed)
+            estimate, eigenvalues = scalable.by_landmarks(*kernel, landmarks, seed, progress)
         else:
-            estimate = scalable.by_lanczos(*kernel, probes, steps, memory_gib, seed)
+            estimate = scalable.by_lanczos(*kernel, probes, steps, memory_gib, seed, progress)
     several = not isinstance(t, int | float)
     value, error, truncation, interval = (one if several else float(one[0]) for one in estimate)
     return SpectralEntropy(

@@ -34,18 +34,27 @@ from broadsheet.errors import InvalidInput
 from broadsheet.geometry.diffusion_spectral_entropy.entropy import spectral_entropy
 from broadsheet.nn.lanczos import Quadrature, lanczos_quadrature
 from broadsheet.nn.neighbours import distance_blocks, distance_tiles
+from broadsheet.nn.progress import Progress
 from broadsheet.nn.seeding import generator
 
 Estimate = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # values, standard, truncation and 95 % errors, per t
 CUT = 1e-10  # eigenvalues of W below this share of the largest are noise
 SAMPLED_ROWS = 512  # of K, to estimate tr K^2
+TILE = 1024  # rows and columns of the affinities that are recomputed at once
 PARTS = 4  # of the landmarks and of the sampled rows, for the standard error
 ENOUGH = 1e-3  # bits, or half the standard error: what is less is not worth another pass over all pairs
 FLOAT32_REACH = 400.0  # squared radius / 2 sigma^2 up to which float32 distances leave affinities right to about 1e-4
 
 
 def by_landmarks(
-    points: Tensor, sigma: float, times: list[float], alpha: int | float, normalisation: str, landmarks: int, seed: int
+    points: Tensor,
+    sigma: float,
+    times: list[float],
+    alpha: int | float,
+    normalisation: str,
+    landmarks: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[Estimate, Tensor]:
     """The estimate, and the (N,) approximate eigenvalues."""
     if landmarks < 2 * PARTS:
@@ -71,11 +80,16 @@ def by_landmarks(
             results[:, i] = (one + other) / 2, abs(one - other) / 2 + _moved(spectrum, t, slack)
         return results[0], results[1], spectrum
 
-    value, doubt, spectrum = values(slice(None))
-    if m == n:  # every point is a landmark: nothing is left out
-        nothing = np.zeros(len(times))
-        return (value, nothing, nothing, nothing), spectrum
-    parts = np.stack([values(slice(part, None, PARTS))[0] for part in range(PARTS)])
+    with progress.task("all landmarks, then parts of them", total=1 + PARTS) as task:
+        value, doubt, spectrum = values(slice(None))
+        task.advance()
+        if m == n:  # every point is a landmark: nothing is left out
+            nothing = np.zeros(len(times))
+            return (value, nothing, nothing, nothing), spectrum
+        parts = np.empty((PARTS, len(times)))
+        for part in range(PARTS):
+            parts[part] = values(slice(part, None, PARTS))[0]
+            task.advance()
     # A part has a quarter of the landmarks and rows, so the spread of their mean is that of the whole.
     error = parts.std(0, ddof=1) / math.sqrt(PARTS)
     truncation = doubt + np.abs(value - parts.mean(0))
@@ -91,11 +105,16 @@ def _extremes(spectrum: Tensor, smooth: Tensor, mass: float, second: float, t: i
     return diagonal, gamma
 
 
+def _row_squares(x: Tensor) -> Tensor:
+    """The squared norm of every row, without a second matrix as large."""
+    return torch.linalg.vector_norm(x, dim=1).square()
+
+
 def _squares_left_out(rows: Tensor, sampled: Tensor, features: Tensor, scale: Tensor) -> float:
     """tr K^2 less that of the landmark part: its diagonal as it is, the rest from sampled rows."""
     rest = (rows * scale[sampled, None] * scale).square_() - (features[sampled] @ features.T).square_()
     rest[torch.arange(len(sampled)), sampled] = 0.0
-    diagonal = scale**4 - features.square().sum(1).square()
+    diagonal = scale**4 - _row_squares(features).square()
     return float(diagonal.sum() + rest.sum() * len(scale) / len(sampled))
 
 
@@ -131,7 +150,7 @@ def _landmark_spectrum(
     values, vectors = torch.linalg.eigh((within + within.T) / 2)
     kept = values > CUT * values[-1]
     features = columns @ (vectors[:, kept] / values[kept].sqrt())  # F F' = C W^-1 C'
-    own = (1 - (features**2).sum(1)).clamp(min=0)  # what is missing on the diagonal
+    own = (1 - _row_squares(features)).clamp(min=0)  # what is missing on the diagonal
     own[chosen] = 0.0
     slack = torch.zeros(len(sampled), dtype=own.dtype, device=own.device)
 
@@ -188,10 +207,11 @@ def by_lanczos(
     steps: int,
     memory_gib: int | float,
     seed: int,
+    progress: Progress,
 ) -> Estimate:
     """The estimate from random probes."""
     n = len(points)
-    affinities = _Affinities(points, sigma, memory_gib)
+    affinities = _Affinities(points, sigma, memory_gib, progress)
     ones = torch.ones(n, 1, dtype=torch.float64, device=points.device)
     density = affinities.product(ones)  # q = G 1
     scale = density**-alpha
@@ -207,21 +227,29 @@ def by_lanczos(
         value, error, truncation = np.array([_entropy_by_quadrature(rule, t, known) for t in times]).T
         return value, error, truncation, _interval(error, truncation, probes - 1)
 
-    def settled(so_far: Estimate) -> bool:
-        _, error, truncation, _ = so_far
-        return bool((truncation < np.fmax(ENOUGH, error / 2)).all())
+    with progress.task("Lanczos steps, at most", total=steps) as task:
 
-    rule = lanczos_quadrature(
-        lambda v: scale * affinities.product(scale * v),
-        n,
-        probes=probes,
-        steps=steps,
-        generator=generator(seed),
-        device=points.device,
-        deflate=top,
-        deflated=torch.ones(1, dtype=torch.float64),
-        enough=lambda rule: settled(estimate(rule)),
-    )
+        def product(v: Tensor) -> Tensor:
+            image = scale * affinities.product(scale * v)
+            task.advance()
+            return image
+
+        def settled(rule: Quadrature) -> bool:
+            _, error, truncation, interval = estimate(rule)
+            task.advance(0, error=float(interval.max()))
+            return bool((truncation < np.fmax(ENOUGH, error / 2)).all())
+
+        rule = lanczos_quadrature(
+            product,
+            n,
+            probes=probes,
+            steps=steps,
+            generator=generator(seed),
+            device=points.device,
+            deflate=top,
+            deflated=torch.ones(1, dtype=torch.float64),
+            enough=settled,
+        )
     return estimate(rule)
 
 
@@ -252,7 +280,8 @@ def _entropy_by_quadrature(
 class _Affinities:
     """Products with the Gaussian affinities, kept in memory where they fit and recomputed tile by tile otherwise."""
 
-    def __init__(self, points: Tensor, sigma: float, memory_gib: int | float) -> None:
+    def __init__(self, points: Tensor, sigma: float, memory_gib: int | float, progress: Progress) -> None:
+        self.progress = progress
         n, budget = len(points), memory_gib * 2**30
         scaled = (points - points.mean(0)) / (sigma * math.sqrt(2))
         # float32 halves time and memory, and its seven digits do for products whose random error is far larger, unless
@@ -267,8 +296,11 @@ class _Affinities:
             self.kernel = kernel
 
     def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        for rows, columns, tile in distance_tiles(self.points):
-            yield rows, columns, tile.neg_().exp_()
+        parts = math.ceil(len(self.points) / TILE)
+        with self.progress.task("tiles of all pairs", total=parts * (parts + 1) // 2) as task:
+            for rows, columns, tile in distance_tiles(self.points, TILE):
+                yield rows, columns, tile.neg_().exp_()
+                task.advance()
 
     def product(self, v: Tensor) -> Tensor:
         """G v for (N, p) vectors, float64 in and out."""
