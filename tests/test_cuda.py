@@ -1,0 +1,146 @@
+"""On a CUDA device every method gives what it gives on the CPU. Skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from broadsheet.nn.features import Feature, site_width
+from broadsheet.nn.seeding import generator, seeded
+from broadsheet.nn.tiny_models import tiny_inputs, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = "cuda"
+
+
+def close(on_cuda, on_cpu, atol=1e-9):
+    assert on_cuda.device.type == CUDA
+    torch.testing.assert_close(on_cuda.detach().cpu(), on_cpu.detach(), atol=atol, rtol=0)
+
+
+FAMILIES = ["gpt2", "neox-parallel", "llama", "mistral-window", "qwen3", "gemma3", "opt", "bert"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contextual_decomposition(family):
+    from broadsheet.interpretability import Node, decompose
+
+    heads = [Node(layer=0, position=None, head=h) for h in range(4)]
+    ids = tiny_inputs(family)
+    here = decompose(tiny_model(family), ids, heads)
+    there = decompose(tiny_model(family).to(CUDA), ids.to(CUDA), heads)
+    close(there.rel_logits, here.rel_logits)
+    close(there.irrel_logits, here.irrel_logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patching(family):
+    from broadsheet.nn.patching import activation_patching, attribution_patching, replacement
+
+    ids = tiny_inputs(family)
+
+    def metric(out):
+        return out[:, -1, 0].mean()
+
+    model = tiny_model(family)
+    zero = replacement(model, "zero", like=ids)
+    here = activation_patching(model, ids, metric, zero)
+    model.to(CUDA)
+    close(activation_patching(model, ids.to(CUDA), metric, zero.to(CUDA)), here)
+    attribution_patching(model, ids.to(CUDA), metric, zero.to(CUDA))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_streams(family):
+    from broadsheet.nn.activations import collect_activations
+
+    ids, site = tiny_inputs(family), "layers.1.mlp.act"
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    model = tiny_model(family)
+    write = torch.randn(site_width(model, site), generator=generator(0), dtype=torch.float64)
+    feature = Feature(site, write)
+    values = feature.activations(model, ids, mask)
+    made = feature.attribution(model, ids, mask)
+    rows = collect_activations(model, site, [(ids, mask)], dtype=torch.float64)
+    model.to(CUDA)
+    close(feature.activations(model, ids.to(CUDA), mask.to(CUDA)), values)
+    close(feature.attribution(model, ids.to(CUDA), mask.to(CUDA)).heads, made.heads)
+    close(collect_activations(model, site, [(ids, mask)], dtype=torch.float64).values, rows.values)
+    with feature.ablated(model):
+        zero = feature.activations(model, ids.to(CUDA))
+    assert zero.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("method", ["exact", "nystroem", "slq"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_diffusion_spectral_entropy(method):
+    from broadsheet.geometry.diffusion_spectral_entropy import diffusion_spectral_entropy
+
+    draw = np.random.default_rng(0)
+    x = torch.from_numpy(draw.normal(size=(800, 20)) + 4 * np.eye(20)[draw.integers(0, 5, 800)])
+    exact = diffusion_spectral_entropy(x, 4.0, t=[1, 2])
+    there = diffusion_spectral_entropy(x.to(CUDA), 4.0, t=[1, 2], method=method)
+    if method == "exact":
+        np.testing.assert_allclose(there.value, exact.value, atol=1e-9)
+    else:
+        assert (np.abs(there.value - exact.value) <= there.error + 1e-6).all()
+
+
+def test_entropy_as_a_loss():
+    from broadsheet.geometry import DiffusionEntropyLoss
+
+    x = torch.randn(40, 6, generator=generator(0), dtype=torch.float64)
+    here, there = x.clone().requires_grad_(), x.to(CUDA).requires_grad_()
+    loss = DiffusionEntropyLoss(sigma=3.0)
+    loss(here).backward()
+    loss(there).backward()
+    close(there.grad, here.grad)
+
+
+def test_multiplicative_diffusion():
+    from broadsheet.generative import MultiplicativeScoreModel
+
+    x = torch.exp(0.3 * torch.randn(512, 2, generator=generator(0)))
+    with seeded(0):
+        model = MultiplicativeScoreModel({"name": "ScoreMLP", "dim": 2}).to(CUDA)
+    report = model.fit([x], steps=200)
+    assert np.mean(report.losses[-20:]) < np.mean(report.losses[:20])
+    drawn = model.sample((64, 2), steps=50) if hasattr(model, "sample") else None
+    if drawn is None:
+        from broadsheet.generative import sample
+
+        drawn = sample(model, (64, 2), steps=50)
+    assert drawn.device.type == CUDA
+    assert (drawn > 0).all()
+    assert drawn.isfinite().all()
+
+
+def test_rbtransformer():
+    from broadsheet.recordings import RBTransformer
+
+    with seeded(0):
+        model = RBTransformer(n_chans=8, n_bands=4, n_outputs=3).double().eval()
+    x = torch.randn(4, 8, 4, generator=generator(0), dtype=torch.float64)
+    here = model(x)
+    close(model.to(CUDA)(x.to(CUDA)), here)
+
+
+def test_training_in_bfloat16_resumes(tmp_path):
+    from broadsheet.nn.small_lm import small_language_model, train_language_model
+
+    def sample(n, draw):
+        return torch.randint(12, (n, 8), generator=draw).sort(1).values
+
+    model = small_language_model(12, width=32, layers=1, length=8).to(CUDA)
+    report = train_language_model(
+        model,
+        sample,
+        steps=60,
+        batch=32,
+        warmup=10,
+        mixed_precision="bf16",
+        checkpoint=tmp_path / "c",
+        checkpoint_every=20,
+    )
+    assert np.mean(report.losses[-10:]) < np.mean(report.losses[:10]) - 0.3
+    assert next(model.parameters()).dtype == torch.float32
