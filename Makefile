@@ -24,7 +24,7 @@ types: $(STAMP)
 
 check: test lint types  ## what continuous integration runs
 
-bench: $(STAMP)  ## speed and memory beside the peers; writes results/benchmarks.json and the README's table
+bench: $(STAMP)  ## speed and memory beside the peers; writes results/benchmarks.json and the tables in README and docs
 	$(BIN)/python benchmarks/collect.py
 
 docs: $(STAMP)  ## guides and API reference as pages, in build/site

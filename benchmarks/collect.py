@@ -1,8 +1,8 @@
-"""Run the benchmarks, write ``results/benchmarks.json`` and the README's table from it.
+"""Run the benchmarks, write ``results/benchmarks.json`` and the tables in ``docs/benchmarks.md`` and the README.
 
     python benchmarks/collect.py                 run everything, then write
     python benchmarks/collect.py --only PAPER    run one paper's benchmarks and replace its groups
-    python benchmarks/collect.py --table         only write the README's table again
+    python benchmarks/collect.py --table         only write the tables again
 
 A group's name is ``slug: what is done``; its tests are the contenders, and the one called ``test_ours...`` is what the
 others are set beside. The id of a parameter called ``name`` belongs to the contender's name, every other one to the
@@ -20,7 +20,8 @@ from broadsheet.lab import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks.json"
-README = ROOT / "README.md"
+README = ROOT / "README.md"  # the largest size of each comparison
+PAGE = ROOT / "docs" / "benchmarks.md"  # all of them
 START, END = "<!-- benchmarks: written by benchmarks/collect.py -->", "<!-- /benchmarks -->"
 
 
@@ -60,8 +61,8 @@ def seconds(value: float) -> str:
     if value >= 100:
         return f"{value / 60:.3g} min"
     for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
+        if float(f"{value:.3g}") >= scale:
+            return f"{float(f'{value / scale:.3g}'):g} {unit}"
     return f"{value * 1e9:.3g} ns"
 
 
@@ -78,13 +79,29 @@ def times(ratio: float) -> str:
     return f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f} ×"
 
 
-def table(content: dict) -> str:
-    """The README's table, in Markdown: one line per contender beside ours, by paper and what is done."""
+def largest(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Of the groups that differ in size only, the last one that has all contenders."""
+    chosen: dict[str, str] = {}
+    for group, rows in groups.items():
+        work = group.rpartition(", (")[0] or group
+        if work not in chosen or len(rows) >= len(groups[chosen[work]]):
+            chosen[work] = group
+    return {group: groups[group] for group in chosen.values()}
+
+
+def table(content: dict, brief: bool = False) -> str:
+    """The table in Markdown: one line per contender beside ours, by paper and what is done.
+
+    Args:
+        content: of the results' file.
+        brief: the largest size of each comparison only.
+    """
+    groups = largest(content["groups"]) if brief else content["groups"]
     lines = [
         "| paper | what | ours | beside it | time | of ours | memory, ours | memory |",
         "|---|---|---:|---|---:|---:|---:|---:|",
     ]
-    for group, rows in sorted(content["groups"].items(), key=lambda item: item[0].partition(":")[0]):
+    for group, rows in sorted(groups.items(), key=lambda item: item[0].partition(":")[0]):
         slug, _, what = group.partition(": ")
         ours = next((row for row in rows if "ours" in row["name"].split()), rows[0])
         others = sorted((row for row in rows if row is not ours), key=lambda row: -row["median_s"])
@@ -108,22 +125,23 @@ def _plain(name: str) -> str:
     return " ".join(word for word in name.split() if word != "ours")
 
 
-def write_table(content: dict, readme: Path = README) -> None:
-    """Replace what stands between the two marks in the README."""
-    before, start, rest = readme.read_text().partition(START)
+def write_table(content: dict, page: Path, brief: bool) -> None:
+    """Replace what stands between the two marks in a file."""
+    before, start, rest = page.read_text().partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise SystemExit(f"{readme}: the table stands between the lines {START!r} and {END!r}; one of them is missing")
-    readme.write_text(f"{before}{START}\n{table(content)}\n{END}{after}")
+        raise SystemExit(f"{page}: the table stands between the lines {START!r} and {END!r}; one of them is missing")
+    page.write_text(f"{before}{START}\n{table(content, brief)}\n{END}{after}")
 
 
 def main() -> None:
     """Run, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only write the README's table from the last results")
+    parser.add_argument("--table", action="store_true", help="only write the tables from the last results")
     parser.add_argument("--only", metavar="PAPER", default="", help="run one paper's benchmarks, keep the others")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the results file (default: the repository's)")
-    parser.add_argument("--readme", type=Path, default=README, help="the file with the table (default: README.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="the file with the short table")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the file with the whole table")
     chosen = parser.parse_args()
     if not chosen.table:
         content = measure(chosen.only)
@@ -131,7 +149,8 @@ def main() -> None:
             content["groups"] = json.loads(chosen.results.read_text())["groups"] | content["groups"]
         chosen.results.write_text(json.dumps(content, indent=1) + "\n")
     content = json.loads(chosen.results.read_text())
-    write_table(content, chosen.readme)
+    write_table(content, chosen.readme, brief=True)
+    write_table(content, chosen.page, brief=False)
     print(table(content))
 
 
