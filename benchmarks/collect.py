@@ -125,13 +125,13 @@ def _plain(name: str) -> str:
     return " ".join(word for word in name.split() if word != "ours")
 
 
-def write_table(content: dict, page: Path, brief: bool) -> None:
-    """Replace what stands between the two marks in a file."""
-    before, start, rest = page.read_text().partition(START)
-    _, end, after = rest.partition(END)
+def write_between(page: Path, text: str, first: str = START, last: str = END) -> None:
+    """Replace what stands between two marks in a file."""
+    before, start, rest = page.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not (start and end):
-        raise SystemExit(f"{page}: the table stands between the lines {START!r} and {END!r}; one of them is missing")
-    page.write_text(f"{before}{START}\n{table(content, brief)}\n{END}{after}")
+        raise SystemExit(f"{page}: the table stands between the lines {first!r} and {last!r}; one of them is missing")
+    page.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def main() -> None:
@@ -145,12 +145,15 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.table:
         content = measure(chosen.only)
-        if chosen.only and chosen.results.exists():
-            content["groups"] = json.loads(chosen.results.read_text())["groups"] | content["groups"]
+        if chosen.results.exists():  # the feed's figures stay: feed_scale.py writes them
+            old = json.loads(chosen.results.read_text())
+            content = old | content
+            if chosen.only:
+                content["groups"] = old["groups"] | content["groups"]
         chosen.results.write_text(json.dumps(content, indent=1) + "\n")
     content = json.loads(chosen.results.read_text())
-    write_table(content, chosen.readme, brief=True)
-    write_table(content, chosen.page, brief=False)
+    write_between(chosen.readme, table(content, brief=True))
+    write_between(chosen.page, table(content))
     print(table(content))
 
 

@@ -3,8 +3,8 @@
     python benchmarks/feed_scale.py FOLDER [--papers 1000000] [--seconds 20] [--processes 2] [--write]
 
 The folder keeps database and index: started again, it goes on where it stopped. Each step's figures are kept in
-``FOLDER/figures.json``; ``--write`` puts them into ``results/benchmarks.json`` under "feed". The papers and queries are
-made (``made_papers.py``), the vectors too; each query is really embedded, and that is in its time. Queries never
+``FOLDER/figures.json``; ``--write`` puts them into ``results/benchmarks.json`` under "feed", and into the docs. Papers,
+queries and vectors are made (``made_papers.py``); each query is really embedded, and that is in its time. Queries never
 repeat, so no cache of queries helps.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from collect import PAGE, RESULTS, write_between
 from made_papers import MadeVectors, queries, records
 
 from broadsheet.feed.database import Database
@@ -28,8 +29,8 @@ from broadsheet.feed.search import SearchIndex
 from broadsheet.lab import machine
 from broadsheet.nn.progress import live
 
-ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
+START, END = "<!-- feed: written by benchmarks/feed_scale.py -->", "<!-- /feed -->"
 
 
 def opened(folder: Path) -> tuple[Database, SearchIndex]:
@@ -183,6 +184,35 @@ def recall(folder: Path, n: int = 100) -> dict[str, Any]:
     return {f"recall_at_{k}": float(np.mean(values)) for k, values in found.items()}
 
 
+def table(figures: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    made, held, found = figures["import"], figures["index"], figures["recall"]
+    lines = [
+        "| what | figure |",
+        "|---|---:|",
+        f"| papers | {made['papers']:,} |",
+        f"| import | {made['papers_per_s']:,.0f} papers a second |",
+        f"| database | {made['database_mib'] / 1024:.1f} GiB |",
+        f"| indexing, words | {held['words_papers_per_s']:,.0f} papers a second |",
+        f"| indexing, vectors that are there already | {held['vectors_papers_per_s']:,.0f} papers a second |",
+        f"| index of words | {held['words_mib'] / 1024:.2f} GiB |",
+        f"| index of vectors | {held['vectors_mib'] / 1024:.2f} GiB |",
+        f"| of the 10 (100) nearest papers, found | {found['recall_at_10']:.3f} ({found['recall_at_100']:.3f}) |",
+        "",
+        "| clients | processes | searches a second | p50 | p95 | p99 | processor time of one | memory of a process |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in figures.items():
+        if name.startswith("clients"):
+            times = " | ".join(f"{row[key]:.3g} ms" for key in ("p50_ms", "p95_ms", "p99_ms", "cpu_ms_a_search"))
+            memory = f"{row['own_mib_a_process']:,.0f} MiB"
+            lines.append(f"| {row['clients']} | {row['processes']} | {row['per_s']:.0f} | {times} | {memory} |")
+    lines += ["", "| one client, part by part | p50 | p95 | processor time |", "|---|---:|---:|---:|"]
+    for name, row in figures["floor"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3g} ms" for key in ("p50_ms", "p95_ms", "cpu_ms")) + " |")
+    return "\n".join([*lines, f"\nMeasured on {figures['machine']}."])
+
+
 def main() -> None:
     """Fill, index, measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,10 +243,10 @@ def main() -> None:
             file.write_text(json.dumps(figures, indent=1) + "\n")
         print(name, json.dumps(figures[name]), flush=True)
     if given.write:
-        results = ROOT / "results" / "benchmarks.json"
-        content = json.loads(results.read_text())
+        content = json.loads(RESULTS.read_text())
         content["feed"] = figures
-        results.write_text(json.dumps(content, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        write_between(PAGE, table(figures), START, END)
 
 
 if __name__ == "__main__":

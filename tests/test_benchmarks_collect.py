@@ -84,7 +84,7 @@ def test_durations_have_three_digits(value, words):
 
 def test_the_table_takes_the_old_ones_place(readme):
     one = content({"slug: work": [{"name": "ours", "median_s": 1.0}]})
-    collect.write_table(one, readme, brief=False)
+    collect.write_between(readme, collect.table(one))
     assert readme.read_text() == f"before\n{collect.START}\n{collect.table(one)}\n{collect.END}\nafter\n"
 
 
@@ -92,7 +92,7 @@ def test_the_table_takes_the_old_ones_place(readme):
 def test_a_readme_without_both_marks_is_left_as_it_is(readme, text):
     readme.write_text(text)
     with pytest.raises(SystemExit, match="one of them is missing"):
-        collect.write_table(content({}), readme, brief=True)
+        collect.write_between(readme, "new table")
     assert readme.read_text() == text
 
 
@@ -100,7 +100,7 @@ def test_one_papers_benchmarks_leave_the_other_groups_alone(readme, tmp_path, mo
     results, page = tmp_path / "benchmarks.json", tmp_path / "page.md"
     page.write_text(readme.read_text())
     old = {"a: work": [{"name": "ours", "median_s": 1.0}], "b: work": [{"name": "ours", "median_s": 2.0}]}
-    results.write_text(json.dumps(content(old)))
+    results.write_text(json.dumps(content(old) | {"feed": {"papers": 3}}))
     measured = []
 
     def measure(only):
@@ -120,4 +120,6 @@ def test_one_papers_benchmarks_leave_the_other_groups_alone(readme, tmp_path, mo
     assert "| `a` | work | 1 s |" in readme.read_text() and "| `b` | work | 5 s |" in capsys.readouterr().out
     assert collected("--table") == {"a: work": 1.0, "b: work": 5.0}
     assert measured == ["b"]  # --table measures nothing
+    assert json.loads(results.read_text())["feed"] == {"papers": 3}
     assert collected() == {"b: work": 5.0}  # all anew: what is gone from the benchmarks goes from the results
+    assert json.loads(results.read_text())["feed"] == {"papers": 3}  # not from these benchmarks
