@@ -444,6 +444,16 @@ def test_more_probes_smaller_error():
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize(("method", "most"), [("slq", 2), ("nystroem", 8)])
+def test_the_standard_error_is_the_spread_over_seeds(method, most):
+    x = np.concatenate([cloud(250, 5, scale=1.0), cloud(50, 5, 1, scale=5.0)])
+    near = [diffusion_spectral_entropy(x, 2.0, method=method, landmarks=60, seed=seed) for seed in range(24)]
+    spread = np.std([one.value for one in near], ddof=1)
+    # The mean of 24 variances is within a factor of two of the true one, where they come from 16 probes of one kind. A
+    # part with a quarter of the landmarks strays further than the four of them together: that error is cautious.
+    assert 0.5 < math.sqrt(np.mean([one.standard_error**2 for one in near])) / spread < most
+
+
 class Recorded(Progress):
     """What is reported, by description: steps announced, steps done, numbers; Ctrl-C is pressed at some step."""
 
