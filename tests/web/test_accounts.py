@@ -1,10 +1,6 @@
-"""A person's own pages: mail that confirms and resets, lists, follows, tokens, a library, the digest, other services."""
+"""A person's own pages: mail that confirms and resets, lists, follows, tokens, a library, the digest."""
 
 import re
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from json import dumps
-from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -12,7 +8,6 @@ from sqlalchemy import select
 
 from broadsheet.feed import people, social
 from broadsheet.feed.models import Account, Outgoing, Subscription
-from broadsheet.web import oauth
 
 PASSWORD = "correct horse battery"
 PAPER = "/papers/2407.00886"
@@ -181,68 +176,6 @@ def test_registration_can_be_closed(serve, tmp_path):
         token = re.search(r'name="csrf" value="([^"]+)"', browser.get("/sign-in").text)[1]
         data = {"csrf": token, "name": "x", "email": "x@example.org", "password": PASSWORD}
         assert browser.post("/sign-up", data=data).status_code == 403
-
-
-@contextmanager
-def service(answers):
-    """A service that vouches for people, on loopback."""
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            seen.append(parse_qs(self.rfile.read(int(self.headers["content-length"])).decode()))
-            self._answer({"access_token": "t", "token_type": "bearer"})
-
-        def do_GET(self):
-            self._answer(answers[self.path])
-
-        def _answer(self, content):
-            body = dumps(content).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", seen
-    server.shutdown()
-    server.server_close()
-
-
-def test_signing_in_with_another_service_needs_its_answer_to_our_question(serve, tmp_path, monkeypatch):
-    who = {"sub": "77", "email": "lin@example.org", "email_verified": True, "preferred_username": "Lin"}
-    with service({"/userinfo": who}) as (base, seen):
-
-        def identity(client):
-            user = client.get(f"{base}/userinfo").json()
-            return user["sub"], user["email"], user["email_verified"], user["preferred_username"]
-
-        fake = oauth.Provider("huggingface", "Hugging Face", f"{base}/authorize", f"{base}/token", "openid", identity)
-        monkeypatch.setitem(oauth.PROVIDERS, "huggingface", fake)
-        given = {"huggingface_client_id": "us", "huggingface_client_secret": "hush"}
-        with serve(tmp_path / "home", **given) as (browser, site):
-            assert "Sign in with Hugging Face" in browser.get("/sign-in").text
-            assert browser.get("/auth/github").status_code == 404
-            asked = browser.get("/auth/huggingface?next=//evil.example")
-            question = parse_qs(urlsplit(asked.headers["location"]).query)
-            assert question["code_challenge_method"] == ["S256"]
-            state = question["state"][0]
-            cookie = asked.headers["set-cookie"].lower()
-            assert "httponly" in cookie
-            for wrong in ("", "x" + state):
-                answer = browser.get("/auth/huggingface/callback", params={"code": "c", "state": wrong})
-                assert answer.headers.get("location", "").startswith("/sign-in")
-            assert seen == []
-            answer = browser.get("/auth/huggingface/callback", params={"code": "c", "state": state})
-            assert answer.headers["location"] == "/"
-            assert seen[0]["code_verifier"]
-            assert people.account_named(site.db, "lin").email == "lin@example.org"
-            assert browser.get("/account").status_code == 200
 
 
 @pytest.mark.parametrize("value", ["cs.AI", "https://example.org/paper", "not an id", "file:///etc/passwd"])

@@ -2,6 +2,7 @@
 
 import re
 from datetime import date
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -148,6 +149,10 @@ def test_a_list_is_the_same_as_page_json_rss_and_atom(browser, path):
     assert ids
     page = browser.get(path).text
     assert re.findall(r'<h2><a href="(/papers/[^"]+)"', page) == ids
+    offered = unescape(page[page.index('class="feeds"') :])
+    for ending in (".rss", ".atom", ".bib"):
+        assert f'"{at}{ending}{with_query}"' in offered
+    assert f'"/api/v1{at}{with_query}"' in offered
     rss = fromstring(browser.get(f"{at}.rss{with_query}").content)
     assert [link.text.partition("/papers")[2] for link in rss.iterfind("channel/item/link")] == [
         i.removeprefix("/papers") for i in ids

@@ -331,6 +331,18 @@ def test_reports_reach_the_person_at_the_machine(another, browser, feed):
     assert "Something rude." not in browser.get("/reports").text + browser.get(PAPER).text
 
 
+@pytest.mark.parametrize("number", ["0", "-1", str(2**31), str(10**40), "1e3", "one"])
+def test_a_number_that_no_row_has_is_refused(another, number):
+    reader = another(f"counts-{abs(hash(number)) % 10**8}")
+    for path in (f"/lists/{number}", f"/lists/{number}.rss", f"/api/v1/lists/{number}", f"/runs/{number}"):
+        assert reader.get(path).status_code in (404, 422), path
+    assert reader.get(f"/runs/{number}/events").status_code in (404, 422)
+    for path in (f"/comments/{number}/delete", f"/lists/{number}/share", f"/tokens/{number}/revoke"):
+        assert reader.form("/account", path, public="1").status_code in (404, 422), path
+    for path, form in ((f"{PAPER}/comments", {"body": "x", "parent": number}), (f"{PAPER}/lists", {"list": number})):
+        assert reader.form(PAPER, path, **form).status_code in (404, 422), path
+
+
 # --- who is at this machine -------------------------------------------------------------------------------------------
 
 

@@ -244,7 +244,8 @@ class Attention:
         dtype = q.dtype
         if self.score_dtype is not None:
             q, k = q.to(self.score_dtype), k.to(self.score_dtype)
-        least = torch.finfo(self.softmax_dtype or q.dtype).min  # the least of the narrower type: never minus infinity
+        # The least of the narrower type: never minus infinity, and within what half-precision scores can hold.
+        least = max(torch.finfo(d).min for d in (self.softmax_dtype or q.dtype, q.dtype))
         scores = q @ k.transpose(-1, -2) * scale
         if self.softcap is not None:
             scores = softcap(scores, self.softcap)

@@ -41,7 +41,9 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         seed: of the initial weights.
     """
 
-    def __init__(self, d_in: int, n_features: int, scale: float | int | None = None, site: str = "", seed: int = 0) -> None:
+    def __init__(
+        self, d_in: int, n_features: int, scale: float | int | None = None, site: str = "", seed: int = 0
+    ) -> None:
         super().__init__()
         for name, value in {"d_in": d_in, "n_features": n_features}.items():
             if value < 1:

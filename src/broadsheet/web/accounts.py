@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Form, Path, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, Request, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from broadsheet.errors import InvalidInput, NotAllowed
@@ -18,13 +18,12 @@ from broadsheet.web import lists, oauth
 from broadsheet.web.pages import list_page
 from broadsheet.web.rendering import paper_path, path_with
 from broadsheet.web.security import UPLOAD_BYTES, Reader, guard, reader, safe_next
-from broadsheet.web.site import Site, page, site
+from broadsheet.web.site import Number, Site, page, site
 from broadsheet.web.views import Listing
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(guard)], default_response_class=HTMLResponse)
 mailed = APIRouter(include_in_schema=False)  # links out of mails: their signed token stands in for the form's
 Who = Annotated[Reader, Depends(reader)]
-Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 Word = Annotated[str, Form(max_length=1000)]
 
 
@@ -285,8 +284,11 @@ def auth(request: Request, provider: str, next: str = "/") -> Response:
 def auth_callback(request: Request, provider: str, code: str = "", state: str = "") -> Response:
     here = site(request)
     here.limits.check("sign-in", request)
-    identity, target = oauth.finish(here, provider, code, state, request.cookies.get(oauth.COOKIE, ""))
-    account = people.sign_in_with(here.db, **identity)
+    try:
+        identity, target = oauth.finish(here, provider, code, state, request.cookies.get(oauth.COOKIE, ""))
+        account = people.sign_in_with(here.db, **identity)
+    except (NotAllowed, InvalidInput) as error:
+        return _sign_in_form(request, "/", str(error), 403)
     request.state.session.sign_in(account)
     response = RedirectResponse(safe_next(target), 303)
     response.delete_cookie(oauth.COOKIE, path="/auth")

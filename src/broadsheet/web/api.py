@@ -14,7 +14,7 @@ from broadsheet.web import charts, lists, runs, views
 from broadsheet.web.pages import OnePaper
 from broadsheet.web.runpages import RunView, run_view
 from broadsheet.web.security import Reader, reader
-from broadsheet.web.site import page, site
+from broadsheet.web.site import MOST, Number, page, site
 from broadsheet.web.views import ClaimsPage, Found, Front, Listing, PaperView, Said
 
 router = APIRouter(prefix="/api/v1", tags=["Broadsheet"])
@@ -41,7 +41,6 @@ Writing = Annotated[Reader, Depends(by_token("write"))]
 Reading = Annotated[Reader, Depends(by_token("read"))]
 Running = Annotated[Reader, Depends(by_token("run"))]
 PaperId = Annotated[str, Path(max_length=100, description="arXiv id, or the id of a paper that is not there.")]
-Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
 @router.get("/front", response_model=Front)
@@ -120,7 +119,7 @@ class Words(BaseModel):
     """A comment in Markdown."""
 
     body: str = Field(max_length=social.LONGEST_COMMENT)
-    parent: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    parent: int | None = Field(default=None, ge=1, le=MOST)
 
 
 class Votes(BaseModel):

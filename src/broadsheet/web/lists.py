@@ -14,7 +14,7 @@ from broadsheet.feed import papers, ranking, social
 from broadsheet.web import views
 from broadsheet.web.rendering import field_name, long_date, path_with, plural
 from broadsheet.web.security import Reader, reader
-from broadsheet.web.site import site
+from broadsheet.web.site import Number, site
 from broadsheet.web.views import Found, Listing, Tab, Target
 
 PER_PAGE = 30
@@ -159,7 +159,7 @@ def author(request: Request, name: Text, offset: Offset = 0, limit: Limit = PER_
     )
 
 
-def reading_list(request: Request, who: Who, number: int) -> Listing:
+def reading_list(request: Request, who: Who, number: Number) -> Listing:
     """A reader's list, where she shares it or asks herself."""
     here = site(request)
     found, ids = social.list_items(here.db, who.account, number)

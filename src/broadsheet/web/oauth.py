@@ -20,25 +20,29 @@ SECONDS = 600
 
 @dataclass(frozen=True)
 class Provider:
-    """A service that vouches for people. ``identity`` reads (subject, mail address, whether verified, name)."""
+    """A service that vouches for people.
+
+    ``identity`` asks the service's ``api`` for (subject, mail address, whether it is verified, name).
+    """
 
     name: str
     title: str
     authorize: str
     token: str
+    api: str
     scope: str
-    identity: Callable[[Any], tuple[str, str, bool, str]]
+    identity: Callable[[Any, str], tuple[str, str, bool, str]]
 
 
-def _github(client: Any) -> tuple[str, str, bool, str]:
-    user = client.get("https://api.github.com/user").raise_for_status().json()
-    addresses = client.get("https://api.github.com/user/emails").raise_for_status().json()
+def _github(client: Any, api: str) -> tuple[str, str, bool, str]:
+    user = client.get(f"{api}/user").raise_for_status().json()
+    addresses = client.get(f"{api}/user/emails").raise_for_status().json()
     primary = next((each for each in addresses if each.get("primary")), {})
     return str(user["id"]), primary.get("email", ""), bool(primary.get("verified")), user["login"]
 
 
-def _huggingface(client: Any) -> tuple[str, str, bool, str]:
-    user = client.get("https://huggingface.co/oauth/userinfo").raise_for_status().json()
+def _huggingface(client: Any, api: str) -> tuple[str, str, bool, str]:
+    user = client.get(f"{api}/userinfo").raise_for_status().json()
     return user["sub"], user.get("email", ""), bool(user.get("email_verified")), user["preferred_username"]
 
 
@@ -48,6 +52,7 @@ PROVIDERS = {
         "GitHub",
         "https://github.com/login/oauth/authorize",
         "https://github.com/login/oauth/access_token",
+        "https://api.github.com",
         "read:user user:email",
         _github,
     ),
@@ -56,6 +61,7 @@ PROVIDERS = {
         "Hugging Face",
         "https://huggingface.co/oauth/authorize",
         "https://huggingface.co/oauth/token",
+        "https://huggingface.co/oauth",
         "openid profile email",
         _huggingface,
     ),
@@ -115,13 +121,15 @@ def finish(here: Site, name: str, code: str, state: str, cookie: str) -> tuple[d
         asked, expected, verifier, target = _signer(here).loads(cookie, max_age=SECONDS)
     except (BadData, ValueError) as error:
         raise NotAllowed("this sign-in took too long: begin again") from error
-    if asked != name or not code or not compare_digest(expected.encode(), state.encode()):
+    if asked != name or not compare_digest(expected.encode(), state.encode()):
         raise NotAllowed("this sign-in belongs to another request: begin again")
     provider, client = _client(here, name)
+    if not code:  # she pressed Cancel there, or the service has closed our door
+        raise NotAllowed(f"{provider.title} did not sign you in")
     with client:
         try:
             client.fetch_token(provider.token, code=code, code_verifier=verifier)
-            subject, email, verified, login = provider.identity(client)
+            subject, email, verified, login = provider.identity(client, provider.api)
         except Exception as error:  # whatever the service or the network does, the reader can only try again
             raise SourceError(f"{provider.title} did not confirm who you are: try again") from error
     if not email:

@@ -14,7 +14,7 @@ from broadsheet.web import charts, lists, runs, views
 from broadsheet.web.rendering import paper_path
 from broadsheet.web.runpages import live_view
 from broadsheet.web.security import Reader, guard, reader
-from broadsheet.web.site import page, site
+from broadsheet.web.site import MOST, Number, page, site
 from broadsheet.web.views import Listing, PaperView
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(guard)], default_response_class=HTMLResponse)
@@ -180,7 +180,7 @@ def comment(
     who: Who,
     paper_id: str,
     body: Annotated[str, Form()],
-    parent: Annotated[int | None, Form()] = None,
+    parent: Annotated[int | None, Form(ge=1, le=MOST)] = None,
 ) -> Response:
     here, account = site(request), who.need()
     here.limits.check("comment", request, account.id)
@@ -193,19 +193,19 @@ def _back_to(said: Any) -> Response:
 
 
 @router.post("/comments/{comment_id}/edit")
-def edit_comment(request: Request, who: Who, comment_id: int, body: Annotated[str, Form()]) -> Response:
+def edit_comment(request: Request, who: Who, comment_id: Number, body: Annotated[str, Form()]) -> Response:
     here, account = site(request), who.need()
     here.limits.check("comment", request, account.id)
     return _back_to(social.edit_comment(here.db, account, comment_id, body))
 
 
 @router.post("/comments/{comment_id}/delete")
-def delete_comment(request: Request, who: Who, comment_id: int) -> Response:
+def delete_comment(request: Request, who: Who, comment_id: Number) -> Response:
     return _back_to(social.delete_comment(site(request).db, who.need(), comment_id))
 
 
 @router.post("/comments/{comment_id}/report")
-def report_comment(request: Request, who: Who, comment_id: int, reason: Annotated[str, Form()] = "") -> Response:
+def report_comment(request: Request, who: Who, comment_id: Number, reason: Annotated[str, Form()] = "") -> Response:
     here, account = site(request), who.need()
     here.limits.check("write", request, account.id)
     social.report_comment(here.db, account, comment_id, reason)
@@ -219,7 +219,7 @@ def reports(request: Request, who: Who) -> HTMLResponse:
 
 
 @router.post("/comments/{comment_id}/settle")
-def settle(request: Request, who: Who, comment_id: int, delete: Annotated[bool, Form()] = False) -> Response:
+def settle(request: Request, who: Who, comment_id: Number, delete: Annotated[bool, Form()] = False) -> Response:
     here, editor = site(request), _editor(who)
     if delete:
         social.delete_comment(here.db, editor, comment_id)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Path, Request
+from fastapi import APIRouter, Depends, Form, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -19,12 +19,11 @@ from broadsheet.lab.verdicts import finding
 from broadsheet.web import runs
 from broadsheet.web.rendering import paper_path
 from broadsheet.web.security import Reader, guard, reader
-from broadsheet.web.site import page, site
+from broadsheet.web.site import MOST, Number, page, site
 from broadsheet.web.views import ClaimView, Figure, claim_view, png_size
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(guard)], default_response_class=HTMLResponse)
 Who = Annotated[Reader, Depends(reader)]
-Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 POLL_SECONDS = 0.4
 PING_SECONDS = 15
@@ -177,12 +176,14 @@ def figure(request: Request, number: Number, name: str) -> Response:
 
 
 @router.get("/runs/{number}/events")
-async def stream(request: Request, who: Who, number: Number, after: int = 0) -> StreamingResponse:
+async def stream(
+    request: Request, who: Who, number: Number, after: Annotated[int, Query(ge=0, le=MOST)] = 0
+) -> StreamingResponse:
     """Server-sent events: what the run says, from ``after`` (or the browser's Last-Event-ID) on, until it ends."""
     here, trusted = site(request), may(who.acting, Action.start_run)
     await asyncio.to_thread(runs.find, here.db, number)
     last = request.headers.get("last-event-id", "")
-    begin = int(last) if last.isdecimal() and len(last) < 10 else max(0, after)
+    begin = int(last) if last.isdecimal() and len(last) < 10 else after
     return StreamingResponse(
         _told(here.db, number, begin, trusted),
         media_type="text/event-stream",

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Path, Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment
 
@@ -18,6 +18,9 @@ from broadsheet.web.housekeeping import Housekeeper
 from broadsheet.web.rendering import environment
 from broadsheet.web.runs import Supervisor
 from broadsheet.web.security import Limits, Reader, reader
+
+MOST = 2**31 - 1  # what a database's integer holds
+Number = Annotated[int, Path(ge=1, le=MOST)]  # of a list, a comment, a run, a token
 
 
 @dataclass
