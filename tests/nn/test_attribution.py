@@ -109,12 +109,12 @@ def test_half_precision_is_summed_in_single(family: str, dtype: torch.dtype) -> 
     ids = tiny_inputs(family)
     shares = direct_parts(model, ids).attribute(ALL)
     assert shares.heads.dtype == torch.float32
-    logits = before_cap(model.float(), ids)[:, -1]
-    size = float(logits.abs().max())
-    parts = shares.nodes().sum(1) + shares.embed + shares.attn_bias.sum(1) + shares.bias
-    assert float((shares.total - parts - shares.rounding).abs().max()) < 1e-3 * size
-    # Against the same weights run in float32: only the activations' rounding is left.
-    assert float((shares.total - logits).abs().max()) < 30 * torch.finfo(dtype).eps * size
+    own = before_cap(model, ids)[:, -1].float()
+    size = float(own.abs().max())
+    # The sum is the model's own logit, but for four roundings: of the stream, its norm, the gain and that logit ...
+    assert float((shares.total - own).abs().max()) < 4 * torch.finfo(dtype).eps * size
+    # ... and what the parts do not explain is a few roundings of the residual stream, not a part that was forgotten.
+    assert float(shares.rounding.abs().max()) < 4 * torch.finfo(dtype).eps * size
 
 
 def test_directions_stand_in_for_answers() -> None:

@@ -111,5 +111,7 @@ def test_several_workers_serve_one_feed_and_count_together(home):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_run_opens_the_feed():
-    told = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = subprocess.run(
+        ["make", "--no-print-directory", "-n", "run"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert told.stdout.splitlines()[-1].endswith("/broadsheet serve")
