@@ -3,8 +3,10 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,20 @@ def test_a_built_paper_is_published_over_five_seeds_with_figures(entry):
     assert all(found.seeds >= 5 for found in result.findings)
     assert result.figures
     assert all(file.is_file() and caption for file, caption in result.figures)
+
+
+def test_every_dependency_is_pinned():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pinned = {plain(line.partition("==")[0]) for line in lines if "==" in line}
+    assert {plain(each) for each in wanted} - pinned == {"broadsheet"}
+
+
+def plain(requirement):
+    """A requirement's name as indexes compare it."""
+    return re.split(r"[\[<>=!; ]", requirement)[0].lower().replace("_", "-")
