@@ -152,6 +152,9 @@ def run(
     as_json: JsonFlag = False,
     publish: Annotated[bool, typer.Option(help="Write the result into the results folder.")] = False,
     fresh: Annotated[bool, typer.Option(help="Do not take up an interrupted run.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Seeds at a time, in processes; by default as many as cores and memory allow.")
+    ] = None,
 ) -> None:
     """Measure a paper's claims over seeds and give verdicts."""
     from broadsheet.lab import machine
@@ -176,6 +179,7 @@ def run(
                     device=device,
                     progress=progress,
                     fresh=fresh,
+                    jobs=jobs,
                 )
         except KeyboardInterrupt:
             typer.echo(
@@ -202,8 +206,9 @@ def run(
             continue
         _print_claims(console, outcome.paper.title, outcome.findings)
         taken = f", seeds {list(outcome.resumed)} taken over from an interrupted run" if outcome.resumed else ""
+        work = f"{outcome.wall_s:.0f} s of work on {outcome.device}"
         console.print(
-            f"{len(outcome.seeds)} seeds, preset {outcome.preset}, {outcome.wall_s:.0f} s on {outcome.device}{taken}.",
+            f"{len(outcome.seeds)} seeds, preset {outcome.preset}, {work}{taken}.",
             highlight=False,
         )
         if outcome.figures:

@@ -9,6 +9,7 @@ from broadsheet.catalog.schema import Paper
 
 EXPERIMENT = '''
 """A paper whose truth is known: `true` is, `false` is not, `open` cannot be told."""
+import os, signal
 import numpy as np
 from matplotlib.figure import Figure
 from broadsheet.lab import Context, Plate
@@ -19,6 +20,13 @@ def run(ctx):
     CALLS.append(ctx.seed)
     if STOP == ctx.seed:
         raise KeyboardInterrupt
+    for what, act in (("STOP", signal.SIGINT), ("KILL", signal.SIGKILL)):  # for seeds in processes of their own
+        if os.environ.get(f"TOY_{what}") == str(ctx.seed):
+            os.kill(os.getpid(), act)
+    if os.environ.get("TOY_FAIL") == str(ctx.seed):
+        raise ValueError("a toy breaks")
+    with ctx.progress.task("drawing", total=2) as task:
+        task.advance(loss=0.5)
     rng = np.random.default_rng(ctx.seed)
     ctx.measure("true", ours=1 + 0.01 * rng.normal(), baseline=0.0, draws=3)
     ctx.measure("false", ours=-1 + 0.01 * rng.normal(), baseline=0.0)

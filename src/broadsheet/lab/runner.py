@@ -4,7 +4,10 @@ import hashlib
 import importlib
 import shutil
 import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from broadsheet.lab import machine
 from broadsheet.lab.context import PRESETS, Context, data_dir, home
 from broadsheet.lab.ledger import Ledger, Measurement
 from broadsheet.lab.memory import PeakMemory
+from broadsheet.lab.parallel import automatic_jobs, run_seeds
 from broadsheet.lab.results import save_plates
 from broadsheet.lab.verdicts import Finding, finding
 from broadsheet.nn.checkpoint import load_tree, save_tree
@@ -91,6 +95,7 @@ def run(
     ledger: Ledger | None = None,
     progress: Progress = SILENT,
     fresh: bool = False,
+    jobs: int | None = 1,
 ) -> Outcome:
     """Measure a paper's claims.
 
@@ -106,11 +111,13 @@ def run(
         ledger: None takes the user's own.
         progress: where the work shows itself.
         fresh: start anew even if an interrupted run could be taken up.
+        jobs: seeds measured at a time, each in a process of its own with its share of the cores; None chooses by
+            cores and memory. A script that asks for more than one needs ``if __name__ == "__main__":`` around it.
 
     Raises:
         UnknownPaper: no such slug.
         NotBuilt: the catalogue knows the paper but its method is not built.
-        InvalidInput: no such preset, fewer than one seed, or a negative one.
+        InvalidInput: no such preset, fewer than one seed or job, or a negative seed.
         DeviceUnavailable: the device is not there.
         DataMissing: ``full`` needs files that are not on this machine.
     """
@@ -121,6 +128,8 @@ def run(
         raise InvalidInput(f"seeds={seeds}: at least 1 is needed (2 or more for an interval)")
     if first_seed < 0:
         raise InvalidInput(f"first_seed={first_seed}: must be 0 or more")
+    if jobs is not None and jobs < 1:
+        raise InvalidInput(f"jobs={jobs}: at least 1 is needed")
     chosen = range(first_seed, first_seed + seeds)
     if not entry.built:
         raise NotBuilt(f"{entry.slug}: this paper is in the catalogue, but its method is not built yet")
@@ -141,21 +150,27 @@ def run(
         machine=machine.machine(),
     )
     try:
-        records: list[dict[str, Any]] = []
-        resumed: list[int] = []
+        places = {seed: work / f"seed-{seed}" / "record" for seed in chosen}
+        resumed = [seed for seed, done in places.items() if done.exists()]
+        left = [
+            (Context(entry, preset, seed, dev, done.parent, data_dir(), progress), done)
+            for seed, done in places.items()
+            if seed not in resumed
+        ]
+        at_once = min(jobs or automatic_jobs(dev, len(left)), max(1, len(left)))
+        records: dict[int, Any] = {}
         with progress.task(entry.slug, total=seeds) as task:
-            for seed in chosen:
-                done = work / f"seed-{seed}" / "record"
-                if done.exists():
-                    resumed.append(seed)
-                else:
-                    _one_seed(module, Context(entry, preset, seed, dev, done.parent, data_dir(), progress), done)
-                saved, _ = load_tree(done)
-                ledger.record(run_id, [Measurement(**row) for row in saved["measurements"]])
-                records.append(saved["record"])
-                task.advance()
+            measured = run_seeds(measure_seed, left, at_once, progress) if at_once > 1 else _in_turn(left)
+            with closing(measured):  # whatever happens here, no process is left behind
+                for seed in chain(resumed, measured):
+                    saved, _ = load_tree(places[seed])
+                    ledger.record(run_id, [Measurement(**row) for row in saved["measurements"]])
+                    records[seed] = saved["record"]
+                    task.advance()
         measurements = ledger.measurements(run_id)
-        figures = save_plates(home() / "figures" / f"{entry.slug}-{preset}", module.draw(records))
+        figures = save_plates(
+            home() / "figures" / f"{entry.slug}-{preset}", module.draw([records[seed] for seed in chosen])
+        )
         ledger.close_run(run_id, "finished")
     except KeyboardInterrupt:
         ledger.close_run(run_id, "interrupted", "stopped by the user")
@@ -177,7 +192,15 @@ def run(
     )
 
 
-def _one_seed(module: Any, context: Context, done: Path) -> None:
+def _in_turn(contexts: list[tuple[Context, Path]]) -> Generator[int, None, None]:
+    for context, done in contexts:
+        measure_seed(context, done)
+        yield context.seed
+
+
+def measure_seed(context: Context, done: Path) -> None:
+    """Measure one seed and write what it measured and its record to ``done``, whole or not at all."""
+    module = importlib.import_module(context.paper.experiment)
     started = time.perf_counter()
     with PeakMemory(context.device) as memory:
         record = module.run(context)
