@@ -135,7 +135,7 @@ def stream_activations(
             padded = right_padded(ids.to(device), None if mask is None else mask.to(device))
             ids, mask = padded.input_ids, padded.attention_mask
             kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().clone()
-            values = _read(model, where, ids, mask)
+            values = read_sites(model, [where], ids, mask)[site]
             if skip_first:
                 kept[:, 0] = False
             if len(excluded):
@@ -153,21 +153,34 @@ def stream_activations(
             task.advance(len(ids))
 
 
-def _read(model: nn.Module, where: Site, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The place's value, the forward pass stopped right behind it."""
+def read_sites(
+    model: nn.Module, sites: Iterable[Site], input_ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What stands at some places of a model, the forward pass stopped as soon as all of them are read.
 
-    def stop(*_: Any) -> None:
-        raise _Reached
+    Args:
+        model: any module, called with ids (and a mask where there is one).
+        sites: such as a block map's ``resolve`` gives.
+        input_ids, attention_mask: of one batch, padding on the right.
 
-    module = model.get_submodule(where.module)
-    with capture(model, where) as seen, ExitStack() as stack:
-        handle = (
-            module.register_forward_pre_hook(stop) if where.at == "input" else module.register_forward_hook(stop)
-        )  # behind the reading one: hooks run in the order in which they came
-        stack.callback(handle.remove)
+    Returns:
+        label (or submodule name) of each place -> its value.
+    """
+    wanted = list(sites)
+    labels = {site.label or site.module for site in wanted}
+    with capture(model, wanted) as seen, ExitStack() as stack:
+
+        def stop(*_: Any) -> None:
+            if labels <= seen.keys():
+                raise _Reached
+
+        for site in wanted:  # behind the reading hooks: they run in the order in which they came
+            module = model.get_submodule(site.module)
+            hook = module.register_forward_pre_hook if site.at == "input" else module.register_forward_hook
+            stack.callback(hook(stop).remove)
         with suppress(_Reached):
-            model(ids) if mask is None else model(ids, attention_mask=mask)
-    return seen[where.label or where.module]
+            model(input_ids) if attention_mask is None else model(input_ids, attention_mask=attention_mask)
+    return dict(seen)
 
 
 def collect_activations(
