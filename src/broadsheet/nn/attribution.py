@@ -159,7 +159,7 @@ class DirectParts:
         size = torch.ones_like(self.scale)
         the_map, wide = self.block_map, self.embed.dtype
         exact = bias + _dot(self.normed, direction)
-        direction, size, bias = _back(the_map.final_norm, direction, size, bias, held.scale)
+        direction, size, bias = back_through(the_map.final_norm, direction, size, bias, held.scale)
         n_answers, n_layers = direction.shape[1], the_map.n_layers
         heads = self.embed.new_zeros(n, n_layers, the_map.n_heads, n_answers)
         mlps, attn_bias = heads.new_zeros(n, n_layers, n_answers), heads.new_zeros(n, n_layers, n_answers)
@@ -173,8 +173,8 @@ class DirectParts:
             post = block.scheme == "post"
             if block.mlp is not None and layer.mlp_out is not None and layer.act is not None:
                 if post:
-                    direction, size, bias = _back(block.norm2, direction, size, bias, scales.get("norm2"))
-                inner, by, bias = _back(block.out_norm2, direction, size, bias, scales.get("out_norm2"))
+                    direction, size, bias = back_through(block.norm2, direction, size, bias, scales.get("norm2"))
+                inner, by, bias = back_through(block.out_norm2, direction, size, bias, scales.get("out_norm2"))
                 mlps[:, i] = by[:, None] * _dot(layer.mlp_out, inner)
                 if hidden is not None:
                     written = inner @ block.mlp.w_out.weight.to(wide).T  # [1 or batch, answer, unit]
@@ -182,8 +182,8 @@ class DirectParts:
                     hidden[:, i, : share.shape[1]] = share
             if block.attention is not None and layer.attn_out is not None and layer.z is not None:
                 if post:
-                    direction, size, bias = _back(block.norm1, direction, size, bias, scales.get("norm1"))
-                inner, by, bias = _back(block.out_norm1, direction, size, bias, scales.get("out_norm1"))
+                    direction, size, bias = back_through(block.norm1, direction, size, bias, scales.get("norm1"))
+                inner, by, bias = back_through(block.out_norm1, direction, size, bias, scales.get("out_norm1"))
                 o = block.attention.o
                 # The answers through the output matrix first: nothing of the residual stream's size for each head.
                 written = (inner @ o.weight.to(wide).T).unflatten(
@@ -241,8 +241,10 @@ class DirectParts:
         norm = self.block_map.final_norm
         if norm is None:
             return constant + _dot(final, direction)
-        scale = _scale(norm, final)
-        direction, size, bias = _back(norm, direction, torch.ones_like(scale), constant.expand(len(final), -1), scale)
+        scale = norm_scale(norm, final)
+        direction, size, bias = back_through(
+            norm, direction, torch.ones_like(scale), constant.expand(len(final), -1), scale
+        )
         return bias + size[:, None] * _dot(final, direction)
 
     def _directions(self, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,15 +328,15 @@ def direct_parts(
                 continue
             added = out
             if own is not None:
-                scales[f"out_{name}"] = _scale(own, out)
+                scales[f"out_{name}"] = norm_scale(own, out)
                 added = _forth(own, out, scales[f"out_{name}"])
                 added = added if own.bias is None else added + own.bias.to(added)
             if block.scheme == "post" and norm is not None:
-                scales[name] = _scale(norm, sums[name] + added)
+                scales[name] = norm_scale(norm, sums[name] + added)
         z, act, pattern, v = (seen.get((name, i)) for name in ("z", "act", "pattern", "v"))
         layers.append(_Layer(z, attn_out, act, mlp_out, pattern, v, scales))
     final = seen["resid_post", the_map.n_layers - 1]
-    scale = final.new_ones(len(final)) if the_map.final_norm is None else _scale(the_map.final_norm, final)
+    scale = final.new_ones(len(final)) if the_map.final_norm is None else norm_scale(the_map.final_norm, final)
     normed = last[0] if the_map.final_norm is None else the_map.final_norm(last[0])
     return DirectParts(the_map, tuple(layers), seen["resid_pre", 0], final, normed.to(final), scale, padded)
 
@@ -402,7 +404,7 @@ def place_of(padded: RightPadded, positions: int | Tensor | None) -> Int[Tensor,
     return at
 
 
-def _scale(norm: Norm, x: Tensor) -> Tensor:
+def norm_scale(norm: Norm, x: Tensor) -> Tensor:
     """What a norm multiplies ``x [batch, d]`` by, its gain left off: ``[batch]``."""
     return replace(norm, gain=None, module=None).scale(x)[..., 0]
 
@@ -419,10 +421,20 @@ def _forth(norm: Norm | None, x: Tensor, scale: Tensor | None) -> Tensor:
     return x if norm.gain is None else x * norm.gain.to(x)
 
 
-def _back(
+def back_through(
     norm: Norm | None, direction: Tensor, size: Tensor, bias: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Directions after a frozen norm as directions before it, their size for each prompt, and what its bias gives.
+    """Directions after a frozen norm as directions before it, their size for each row, and what its bias gives.
+
+    Args:
+        norm: None for none.
+        direction: ``[1 or rows, answer, d_model]``, of which row ``r`` counts ``size[r]`` times.
+        size: ``[rows]``.
+        bias: ``[rows, answer]``, what has been given by biases so far.
+        scale: ``[rows]``, of :func:`norm_scale`; None leaves everything as it is.
+
+    Returns:
+        direction, size and bias before the norm.
 
     Centring is its own transpose, and the scale is one number for each prompt: the directions stay the same for all.
     """

@@ -8,7 +8,7 @@ is: the decoder's gradient is made orthogonal to its rows, dead features are res
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.seeding import generator, seeded
 from broadsheet.nn.training import TrainingReport, fit
 
+NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 DEAD = 1e-6  # a feature that fires less often than this is dead
 
 
@@ -287,11 +288,12 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         config = {"d_in": self.d_in, "n_features": self.n_features, "site": self.site}
         return super().save_pretrained(save_directory, config=config, **kwargs)
 
-    def save_saelens(self, folder: str | Path, **about: Any) -> None:
+    def save_saelens(self, folder: str | Path, *, reshape: str = "none", **about: Any) -> None:
         """Write the files that SAELens reads: ``cfg.json`` and ``sae_weights.safetensors``.
 
         Args:
             folder: made if it is not there.
+            reshape: ``"hook_z"`` makes SAELens take and give activations with heads and features of a head apart.
             **about: further entries of ``cfg.json``'s metadata, such as ``model_name`` and ``hook_name``.
         """
         import json
@@ -307,7 +309,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         config = {
             "architecture": "standard", "d_in": self.d_in, "d_sae": self.n_features, "dtype": "float32",
             "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-            "reshape_activations": "none", "metadata": about,
+            "reshape_activations": reshape, "metadata": about,
         }  # fmt: skip
         (target / "cfg.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -322,34 +324,57 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         Raises:
             CheckpointError: a file is missing or belongs to another architecture.
         """
-        import json
-
-        from safetensors.torch import load_file
-
-        source = Path(folder)
-        try:
-            config = json.loads((source / "cfg.json").read_text())
-            weights = load_file(source / "sae_weights.safetensors")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{source}: expected cfg.json and sae_weights.safetensors of SAELens ({error})"
-            ) from error
-        if config.get("architecture", "standard") != "standard" or {"W_enc", "W_dec", "b_enc", "b_dec"} - set(weights):
-            raise CheckpointError(
-                f"{source}: architecture {config.get('architecture')!r} with {', '.join(sorted(weights))}: only the "
-                "standard one (W_enc, W_dec, b_enc, b_dec) is read"
-            )
-        if config.get("normalize_activations", "none") not in (None, "none"):
-            raise CheckpointError(f"{source}: normalize_activations={config['normalize_activations']!r} is not read")
+        _, weights = read_saelens(folder)
         sae = cls(weights["W_dec"].shape[1], weights["W_dec"].shape[0], scale=1.0, site=site)
-        with torch.no_grad():
-            bias = weights["b_enc"]
-            if config.get("apply_b_dec_to_input", True) is False:  # ours always takes it away first
-                bias = bias + weights["b_dec"] @ weights["W_enc"]
-            for name, value in {**weights, "b_enc": bias}.items():
-                if name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-                    getattr(sae, name).copy_(value)
-        return sae.eval()
+        sae.fill(weights)
+        return sae
+
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy ``W_enc``, ``W_dec``, ``b_enc`` and ``b_dec`` from elsewhere."""
+        for name in NAMES:
+            own, value = getattr(self, name), weights[name]
+            if own.shape != value.shape:
+                raise CheckpointError(f"{name} has shape {tuple(value.shape)}: {tuple(own.shape)} is expected here")
+            own.copy_(value)
+        self.eval()
+
+
+def read_saelens(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and weights that SAELens wrote for an autoencoder of its standard architecture.
+
+    Args:
+        folder: with ``cfg.json`` and ``sae_weights.safetensors``.
+
+    Returns:
+        the configuration as it stands, and ``W_enc``, ``W_dec``, ``b_enc``, ``b_dec`` such that the decoder's bias is
+        taken away from the input.
+
+    Raises:
+        CheckpointError: a file is missing or belongs to another architecture.
+    """
+    import json
+
+    from safetensors.torch import load_file
+
+    source = Path(folder)
+    try:
+        config = json.loads((source / "cfg.json").read_text())
+        weights = load_file(source / "sae_weights.safetensors")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: expected cfg.json and sae_weights.safetensors of SAELens ({error})"
+        ) from error
+    if config.get("architecture", "standard") != "standard" or set(NAMES) - set(weights):
+        raise CheckpointError(
+            f"{source}: architecture {config.get('architecture')!r} with {', '.join(sorted(weights))}: only the "
+            "standard one (W_enc, W_dec, b_enc, b_dec) is read"
+        )
+    if config.get("normalize_activations", "none") not in (None, "none"):
+        raise CheckpointError(f"{source}: normalize_activations={config['normalize_activations']!r} is not read")
+    if config.get("apply_b_dec_to_input", True) is False:  # ours always takes it away first
+        weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+    return config, {name: weights[name] for name in NAMES}
 
 
 def _again(batches: Iterable[Tensor]) -> Iterator[Tensor]:
