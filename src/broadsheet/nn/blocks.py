@@ -445,7 +445,7 @@ class BlockMap:
         rotary = None if self.rotary is None else self.rotary(x)
         layers = []
         for layer, block in enumerate(self.blocks):
-            totals = _run_block(block, layer, x, rotary, attention_mask, changed)
+            totals = run_block(block, layer, x, rotary, attention_mask, changed)
             assert totals.resid_post is not None
             x = totals.resid_post
             if cache:
@@ -535,14 +535,16 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
 
 
-def _run_block(
+def run_block(
     block: Block,
     layer: int,
     x: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     attention_mask: Tensor | None,
     changed: Edit,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> LayerTotals:
+    """One block; ``attend`` gives the heads' outputs of queries, keys and values that stand among others (a prefix)."""
     x = changed("resid_pre", layer, x)
     t = LayerTotals(resid_pre=x)
     post = block.scheme == "post"
@@ -557,9 +559,13 @@ def _run_block(
         t.v = changed("v", layer, attention.project("v", h)[0])
         if attention.rotary:
             t.rotary = rotary if attention.positions is None else attention.positions(x)
-        allowed = attention.allowed(x.shape[1], attention_mask, x.device)
-        t.pattern = changed("pattern", layer, attention.pattern(t.q, t.k, allowed, t.rotary))
-        t.z = changed("z", layer, (t.pattern @ t.v.transpose(1, 2)).transpose(1, 2))
+        if attend is None:
+            allowed = attention.allowed(x.shape[1], attention_mask, x.device)
+            t.pattern = changed("pattern", layer, attention.pattern(t.q, t.k, allowed, t.rotary))
+            z = (t.pattern @ t.v.transpose(1, 2)).transpose(1, 2)
+        else:
+            z = attend(t.q, t.k, t.v)
+        t.z = changed("z", layer, z)
         t.attn_out = changed("attn_out", layer, attention.o(t.z.flatten(-2)))
         t.attn_add = t.attn_out if block.out_norm1 is None else block.out_norm1(t.attn_out)
         t.attn_sum = mid = x + t.attn_add
