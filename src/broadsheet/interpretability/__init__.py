@@ -5,6 +5,30 @@ from broadsheet._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "attention_sae": [
+            "AttentionSAE",
+            "AttributionTree",
+            "DirectFeatureAttribution",
+            "FeatureEffects",
+            "NaturalPrefixes",
+            "PrefixScores",
+            "ProxyAgreement",
+            "SAEEvaluation",
+            "ablate_features",
+            "capture_z",
+            "dfa",
+            "edit_features",
+            "evaluate_sae",
+            "feature_effects",
+            "head_attribution",
+            "head_weights",
+            "latent_cards",
+            "natural_prefixes",
+            "prefix_induction_scores",
+            "recursive_dfa",
+            "specificity_sensitivity",
+            "top_features",
+        ],
         "cd_t": [
             "Circuit",
             "ContextualDecomposition",
@@ -68,5 +92,5 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "token_attribution": ["integrated_gradients", "lime_weights", "occlusion", "shap_values"],
     },
-    submodules=["cd_t", "lm_head_neurons", "snmf", "token_attribution"],
+    submodules=["attention_sae", "cd_t", "lm_head_neurons", "snmf", "token_attribution"],
 )
