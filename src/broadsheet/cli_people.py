@@ -77,8 +77,8 @@ def _queue(database: Any, settings: Any, period: Period, about: date) -> None:
 
     index = SearchIndex(settings.index_folder, database)
 
-    def search(words: str, since: date) -> list[str]:
-        return [hit.paper_id for hit in index.search(words, since=since, limit=digest.MOST_FOLLOWED).hits]
+    def search(words: str, since: date, until: date) -> list[str]:
+        return [hit.paper_id for hit in index.search(words, since=since, until=until, limit=digest.MOST_FOLLOWED).hits]
 
     added = digest.queue(database, settings, period.value, about, search)
     typer.echo(f"{period.value} of {about}: {added} new in the outbox")

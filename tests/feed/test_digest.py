@@ -21,7 +21,7 @@ from sqlalchemy import select
 from broadsheet.errors import InvalidInput, NotAllowed
 from broadsheet.feed import digest, outbox, people, social
 from broadsheet.feed.mail import Letter, Mailer, Refused, TryLater, Unreachable
-from broadsheet.feed.models import Author, Outgoing, Paper, Subscription
+from broadsheet.feed.models import Author, Outgoing, Paper, Subscription, Vote
 from broadsheet.feed.settings import Settings
 from broadsheet.feed.webhooks import check_webhook, payload
 
@@ -159,7 +159,7 @@ def test_the_mail_is_right(stocked, settings, mailbox):
     assert subscription.confirmed is not None  # her address is proven: no second letter
     asked = []
 
-    def search(words, since):
+    def search(words, since, _until):
         asked.append((words, since))
         return ["2512.00000", "2512.00003"]
 
@@ -213,6 +213,41 @@ def test_the_week_holds_both_days(stocked, settings):
         before = digest.compose(session, settings, subscription, DAY - timedelta(days=1))
     assert [s.title for s in before.stories] == ["Yesterday's paper"]  # 8 December 2025 is a Monday
     assert (monday.name, len(monday.stories)) == ("2025-W50", 3)
+
+
+def test_what_was_voted_for_in_these_days_comes_first_whenever_it_was_listed(stocked, settings):
+    subscription = confirmed(stocked, settings, "ann@example.org")
+    bob, eve = (people.sign_up(stocked, name, f"{name}@example.org", "a long password") for name in ("bob", "eve"))
+    for voter, paper, day in [(bob, "2512.00003", DAY), (bob, "2512.00000", DAY), (eve, "2512.00000", DAY)]:
+        social.vote(stocked, voter, paper)
+        with stocked.write() as session:
+            session.get_one(Vote, (paper, voter.id)).created = datetime.combine(day, datetime.min.time(), UTC)
+    social.vote(stocked, eve, "2512.00002")  # today, which is another day
+    with stocked.read() as session:
+        issue = digest.compose(session, settings, subscription, DAY)
+    assert [(story.id[-1], story.why) for story in issue.stories] == [
+        ("0", "2 upvotes"),
+        ("3", "100 upvotes, 1 of them new"),  # listed the day before
+        ("1", "7 upvotes"),
+        ("2", "2 upvotes"),
+    ]
+
+
+def test_saved_searches_are_asked_for_the_days_of_the_issue(stocked, settings):
+    ann = people.sign_up(stocked, "ann", "ann@example.org", "a long password")
+    social.follow(stocked, ann, "search", "quiet things")
+    subscription = confirmed(stocked, settings, "ann@example.org", period="week", account=ann)
+    asked = []
+
+    def search(words, since, until):
+        asked.append((words, since, until))
+        return ["2512.00003", "2512.00000"]
+
+    with stocked.read() as session:
+        issue = digest.compose(session, settings, subscription, DAY + timedelta(days=3), search)
+    assert asked == [("quiet things", DAY, DAY + timedelta(days=6))]  # 8 December 2025 is a Monday
+    assert (issue.stories[0].id, issue.stories[0].why) == ("2512.00000", "You follow the search “quiet things”")
+    assert "2512.00003" not in {story.id for story in issue.stories}  # found, but of the week before
 
 
 def clock_after(**gone):

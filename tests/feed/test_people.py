@@ -7,7 +7,7 @@ from sqlalchemy import select
 
 from broadsheet.errors import InvalidInput, NotAllowed, NotFound
 from broadsheet.feed import people, social
-from broadsheet.feed.models import Account, Comment, Outgoing, Subscription, Token, Vote
+from broadsheet.feed.models import Account, Base, Comment, LibraryItem, Outgoing, Run, Subscription, Token, Vote
 
 SECRET, PASSWORD = "key of the tests", "correct horse battery"
 
@@ -239,6 +239,24 @@ def test_export_holds_all_that_is_kept_and_deletion_leaves_nothing(database, ada
         assert [depth for depth, _ in social.comments(session, paper.id)] == [0, 1]
     with pytest.raises(NotFound):
         people.export_account(database, ada)
+
+
+def test_everything_that_belongs_to_an_account_is_exported(database, ada):
+    """A new table that names an account has to be thought of here, or kept out for a reason."""
+    with database.write() as session:
+        session.add(LibraryItem(account_id=ada.id, paper_id="2407.00886", title="A paper of her own library"))
+        session.add(Run(slug="cd-t", account_id=ada.id))
+    exported = people.export_account(database, ada)
+    assert exported["library"][0]["title"] == "A paper of her own library"
+    assert (exported["runs"][0]["slug"], exported["runs"][0]["state"]) == ("cd-t", "queued")
+    accounts = Base.metadata.tables["accounts"]
+    named = {
+        table.name
+        for table in Base.metadata.sorted_tables
+        if any(key.column.table is accounts for key in table.foreign_keys)
+    }
+    under = {"library_items": "library", "papers": "submitted"}
+    assert {under.get(name, name) for name in named} <= set(exported)
 
 
 def test_hashing_costs_something():

@@ -1,10 +1,13 @@
 """A person's own pages: mail that confirms and resets, lists, follows, tokens, a library, the digest."""
 
+import json
 import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from broadsheet.feed import people, social
 from broadsheet.feed.models import Account, Outgoing, Subscription
@@ -92,6 +95,63 @@ def test_a_library_starts_the_list_for_you(another):
     assert nothing.status_code == 422
 
 
+@pytest.fixture
+def zotero():
+    """Zotero's API on loopback, with two papers for whoever brings the key: (its address, the requests it had)."""
+    asked = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["authorization"]))
+            items = [{"type": "article", "title": "Circuits inside language models"}]
+            items += [
+                {"type": "article", "title": "Mechanistic Interpretation", "URL": "https://arxiv.org/abs/2407.00886"}
+            ]
+            right = self.headers["authorization"] == "Bearer sesame"
+            body = json.dumps({"items": items}).encode()
+            self.send_response(200 if right else 403)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_zotero_starts_the_list_for_you_and_its_key_is_not_kept(serve, tmp_path, zotero):
+    address, asked = zotero
+    with serve(tmp_path / "home", zotero_url=address, allow_private_addresses=True) as (browser, _):
+        browser.sign_up("collects")
+        taken = browser.form("/account", "/account/zotero", user="12345", key="sesame")
+        assert (taken.status_code, taken.headers["location"]) == (303, "/for-you")
+        shown = browser.get("/for-you").text
+        assert "has 1 paper of it" in shown
+        assert len(re.findall(r'<h2><a href="/papers/', shown)) > 5
+        assert asked[0][0].startswith("/users/12345/items/top")
+        assert "sesame" not in asked[0][0]
+        kept = browser.get("/account/export.json").text
+        assert "Circuits inside language models" in kept
+        assert "sesame" not in kept
+        wrong = browser.form("/account", "/account/zotero", user="12345", key="wrong")
+        assert wrong.status_code == 502
+        assert browser.form("/account", "/account/zotero", user="../x", key="").status_code == 422
+        assert len(asked) == 2
+
+
+def test_a_saved_search_says_so_and_can_be_forgotten(another):
+    reader, path = another("saves"), "/search?q=neural+collapse"
+    assert ">Save this search<" in reader.get(path).text
+    for on, said in (("1", "forget this search"), ("0", ">Save this search<")):
+        reader.form(path, "/follows", kind="search", value="neural collapse", on=on, next=path)
+        assert said in reader.get(path).text
+
+
 def test_a_token_is_shown_once_and_can_be_revoked(another, feed):
     reader = another("tokens")
     shown = reader.form("/account", "/tokens", name="laptop", scopes=["read", "write"]).text
@@ -139,6 +199,43 @@ def test_a_password_is_reset_once_by_mail(serve, tmp_path):
         assert browser.get("/account").status_code == 200
         again = browser.form(path, "/reset/set", token=token_in(path), password="a third battery")
         assert again.status_code == 403
+
+
+@pytest.fixture
+def inserts():
+    """Counts what a request writes into the store: a write waits for the disk, and can be told by its time."""
+
+    def count(site, ask):
+        seen = []
+
+        def note(_connection, _cursor, statement, *_):
+            if statement.startswith("INSERT"):
+                seen.append(statement.split()[2])
+
+        event.listen(site.db.engine, "before_cursor_execute", note)
+        try:
+            ask()
+        finally:
+            event.remove(site.db.engine, "before_cursor_execute", note)
+        return len(seen)
+
+    return count
+
+
+def test_whether_an_address_is_known_is_not_to_be_told_from_what_is_written(serve, tmp_path, inserts):
+    with serve(tmp_path / "home", mail_url=NOWHERE) as (browser, site):
+        site.limits.buckets["sign-up"].burst = 100
+        people.sign_up(site.db, "grace", "grace@example.org", PASSWORD)
+        known = inserts(site, lambda: browser.form("/reset", "/reset", email="grace@example.org"))
+        unknown = inserts(site, lambda: browser.form("/reset", "/reset", email="nobody@example.org"))
+        assert known == unknown > 0
+        assert letters(site, "nobody@example.org") == []
+        taken, new = (
+            inserts(site, lambda a=a: browser.form("/sign-up", "/sign-up", name=a[0], email=a[1], password=PASSWORD))
+            for a in (("another", "grace@example.org"), ("joan", "joan@example.org"))
+        )
+        assert taken == new > 1
+        assert len(letters(site, "grace@example.org")) == 2  # the reset, and the word that she has an account
 
 
 def test_the_digest_starts_by_mail_and_ends_with_one_click(serve, tmp_path):

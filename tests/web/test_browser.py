@@ -89,6 +89,23 @@ def test_nothing_is_wider_than_a_phone(window):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
 
 
+def test_a_phone_shows_all_sections_and_letters_that_can_be_read(window):
+    page = window(viewport={"width": 390, "height": 844})
+    page.goto("/")
+    for name in ("Activity", "Search", "Sign in"):
+        box = page.locator(".sections a", has_text=name).bounding_box()
+        assert box is not None, name
+        assert box["x"] >= 0, name
+        assert box["x"] + box["width"] <= 390, name
+    for path in ("/map", "/activity"):
+        page.goto(path)
+        heights = page.evaluate(
+            "[...document.querySelectorAll('.plot text')].map(t => t.getBoundingClientRect().height)"
+        )
+        assert heights, path
+        assert min(heights) > 9, path
+
+
 def test_results_come_as_you_type_and_the_address_follows(window):
     page = window()
     page.goto("/search")

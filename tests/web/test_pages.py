@@ -7,10 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 from defusedxml.ElementTree import fromstring
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broadsheet import catalog
 from broadsheet.lab.report import number
 from broadsheet.lab.results import published
+from broadsheet.web import charts, views
 
 CD_T = "/papers/2407.00886"
 PAGES = ["/", "/new", "/trending", "/day/2025-12-08", "/week/2025-W50", "/month/2025-12", "/fields/geometry", CD_T]
@@ -221,6 +224,76 @@ def test_claims_at_a_glance_count_what_is_published(browser):
     verdicts = [str(found.verdict) for result in results for found in result.findings]
     data = browser.get("/api/v1/claims").json()["verdicts"]
     assert data == {name.replace(" ", "_"): verdicts.count(name) for name in ("shown", "not shown", "inconclusive")}
+
+
+def test_the_glance_at_claims_stays_light_when_every_paper_is_measured(browser, monkeypatch):
+    """Thirty claims of each of the 49 papers, and one stop of the keyboard for each paper, not for each claim."""
+    page = views.claims_page()
+    measured = next(row for group in page.fields for row in group.papers if row.verdicts.total)
+    verdicts = views.Verdicts(shown=20, not_shown=5, inconclusive=5)
+    claims = [measured.claims[0].model_copy(update={"id": f"c{n}", "verdict": "shown"}) for n in range(30)]
+    for group in page.fields:
+        group.papers = [row.model_copy(update={"claims": claims, "verdicts": verdicts}) for row in group.papers]
+    monkeypatch.setattr(views, "claims_page", lambda: page)
+    text = browser.get("/claims").text
+    assert text.count("<use ") == 49 * 30
+    assert len(text.encode()) < 100_000
+    assert text.count("<a ") < 49 + 40
+
+
+def test_the_map_stays_light_however_many_papers_there_are(browser, monkeypatch):
+    points = [
+        charts.Point(
+            id=f"2401.{n:05d}",
+            title=f"A title of a common length that says what is new here {n}",
+            path=f"/papers/2401.{n:05d}",
+            field="geometry",
+            x=(n * 37) % 1000,
+            y=(n * 11) % 580,
+            label=f"A title of a common length {n}",
+        )
+        for n in range(charts.MOST_ON_MAP)
+    ]
+    charts._name(points)
+    drawn = charts.Map(explanation="", points=points, fields=[])
+    monkeypatch.setattr(charts, "map_of", lambda *_: drawn)
+    text = browser.get("/map").text
+    assert text.count('<circle class="') == charts.MOST_ON_MAP
+    assert len(text.encode()) < 100_000
+
+
+@given(st.lists(st.integers(0, 12), max_size=12))
+def test_the_front_page_s_sections_fill_their_rows(sizes):
+    blank = dict.fromkeys(views.Card.model_fields, None)
+    groups = [(f"field-{n}", [views.Card.model_construct(**blank)] * size) for n, size in enumerate(sizes)]
+    sections = views.laid_out(groups)
+    front = views.Front.model_construct(sections=sections)
+    assert [sum(section.span for section in row) for row in front.rows if row] == [4] * len(
+        [r for r in front.rows if r]
+    )
+    assert sorted(len(section.papers) for section in sections) == sorted(size for size in sizes if size)
+    for section in sections:
+        n = len(section.papers)
+        assert section.columns <= min(n, 4)
+        if n > 3:
+            assert (section.span, -n % section.columns) == (4, min(-n % 3, -n % 4))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ([f"{year} Q{quarter}" for year in (2023, 2024) for quarter in (1, 2, 3, 4)], {0: "2023", 4: "2024"}),
+        (["2024 Q2", "2024 Q3", "2024 Q4"], {0: "2024 Q2", 2: "2024 Q4"}),
+        ([f"2025-W{week}" for week in range(10, 22)], {place: f"2025-W{10 + place}" for place in range(0, 12, 2)}),
+    ],
+)
+def test_a_chart_names_years_or_as_many_weeks_as_have_room(names, labels):
+    chart = charts.bar_chart("Papers", dict.fromkeys(names, 3), "paper")
+    assert [tick.label for tick in chart.ticks] == list(labels.values())
+    middle = {tick.label: tick.x for tick in chart.ticks}
+    for place, label in labels.items():
+        bar = chart.bars[place]
+        assert abs(middle[label] - (bar.x + bar.width / 2)) < 0.2
 
 
 def test_the_sitemap_names_every_paper(browser, feed):

@@ -323,7 +323,8 @@ def test_reports_reach_the_person_at_the_machine(another, browser, feed):
     bad.form(PAPER, f"{PAPER}/comments", body="Something rude.")
     with feed.db.read() as session:
         said = social.comments(session, "2407.00886")[-1][1]
-    assert good.form(PAPER, f"/comments/{said.id}/report", reason="Rude <b>indeed</b>").status_code == 303
+    reported = good.form(PAPER, f"/comments/{said.id}/report", reason="Rude <b>indeed</b>")
+    assert (reported.status_code, reported.headers["location"]) == (303, f"{PAPER}#comment-{said.id}")
     page = browser.get("/reports").text
     assert "Something rude." in page
     assert "<b>indeed" not in page

@@ -7,20 +7,20 @@ once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from typing import Any
 
 from itsdangerous import BadData, URLSafeSerializer, URLSafeTimedSerializer
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from broadsheet.errors import InvalidInput, NotAllowed
 from broadsheet.feed import outbox, papers
 from broadsheet.feed.database import Database
 from broadsheet.feed.mail import Letter
-from broadsheet.feed.models import Account, Follow, Outgoing, Subscription, now
+from broadsheet.feed.models import Account, Follow, Outgoing, Subscription, Vote, now
 from broadsheet.feed.papers import PaperCard
 from broadsheet.feed.people import clean_email
 from broadsheet.feed.settings import Settings
@@ -29,8 +29,8 @@ from broadsheet.feed.webhooks import check_webhook, payload
 PERIODS = ("day", "week")
 MOST_STORIES, MOST_FOLLOWED = 12, 12
 CONFIRM_SECONDS = 3 * 86400
-# A search takes the reader's saved words and the first day that counts, and gives ids of papers, best first.
-Search = Callable[[str, date], Sequence[str]]
+# A search takes the reader's saved words, the first and the last day that count, and gives ids of papers, best first.
+Search = Callable[[str, date, date], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def compose(
         search: answers the reader's saved searches; without it they are left out.
     """
     name = papers.period_of(subscription.period, day)
-    first = day if subscription.period == "day" else day - timedelta(days=day.weekday())
+    first, last = papers.period(subscription.period, name)
     window: dict[str, Any] = {subscription.period: name}
     stories: dict[str, Story] = {}
 
@@ -219,14 +219,16 @@ def compose(
         mine = select(Follow).where(Follow.account_id == subscription.account_id).order_by(Follow.kind, Follow.value)
         for follow in session.scalars(mine):
             if follow.kind == "search":
-                ids = search(follow.value, first) if search is not None else ()
-                cards = [c for c in papers.cards(session, list(ids)) if _within(c, first, subscription.period)]
+                ids = search(follow.value, first, last) if search is not None else ()
+                cards = [card for card in papers.cards(session, list(ids)) if _within(card, first, last)]
             else:
                 cards = papers.list_papers(session, **{**window, follow.kind: follow.value}, limit=MOST_FOLLOWED)
             left = max(0, MOST_FOLLOWED - len(stories))
             take(cards, lambda _, f=follow: f"You follow the {f.kind} “{f.value}”", left)
+    voted = _voted(session, first, last)
+    take(papers.cards(session, list(voted)), lambda card: _votes(card, voted[card.id]), MOST_STORIES)
     top = papers.list_papers(session, **window, sort="votes", limit=MOST_STORIES)
-    take(top, _votes, MOST_STORIES)
+    take(top, _votes, max(0, MOST_STORIES - len(voted)))
     if not stories:
         return None
     when = f"{day:%A}, {day.day} {day:%B %Y}" if subscription.period == "day" else f"week {name[-2:]} of {name[:4]}"
@@ -234,15 +236,25 @@ def compose(
     return Issue(subscription.period, name, f"Broadsheet, {when}", url, tuple(stories.values()))
 
 
-def _within(card: PaperCard, first: date, period: str) -> bool:
+def _within(card: PaperCard, first: date, last: date) -> bool:
     day = card.listed_on or card.published
-    return day is not None and first <= day < first + timedelta(days=1 if period == "day" else 7)
+    return day is not None and first <= day <= last
 
 
-def _votes(card: PaperCard) -> str:
+def _voted(session: Session, first: date, last: date) -> dict[str, int]:
+    """What our readers voted for in those days, whenever it was listed: votes by paper, most first."""
+    since, until = (datetime.combine(day, time(), UTC) for day in (first, last + timedelta(days=1)))
+    n = func.count().label("n")
+    chosen = select(Vote.paper_id, n).where(Vote.created >= since, Vote.created < until).group_by(Vote.paper_id)
+    rows = session.execute(chosen.order_by(n.desc(), Vote.paper_id).limit(MOST_STORIES))
+    return {ident: count for ident, count in rows}  # noqa: C416 (a row is no pair to the type checker)
+
+
+def _votes(card: PaperCard, new: int = 0) -> str:
     if not card.upvotes:
         return "New"
-    return f"{card.upvotes} upvote{'s' if card.upvotes > 1 else ''}"
+    plural = f"{card.upvotes} upvote{'s' if card.upvotes > 1 else ''}"
+    return f"{plural}, {new} of them new" if 0 < new < card.upvotes else plural
 
 
 def _story(settings: Settings, card: PaperCard, why: str) -> Story:

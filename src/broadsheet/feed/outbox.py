@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from broadsheet.errors import InvalidInput
@@ -62,6 +62,11 @@ def put_row(session: Session, row: Outgoing) -> bool:
     session.add(row)
     session.flush()
     return True
+
+
+def take_back(session: Session, key: str) -> None:
+    """Take a message out again, in the transaction that put it there."""
+    session.execute(delete(Outgoing).where(Outgoing.key == key))
 
 
 def deliver(

@@ -17,7 +17,6 @@ class Action(StrEnum):
     report = "report a comment"
     settle_report = "settle a report"
     submit = "submit a paper"
-    edit_paper = "edit a paper"
     create_list = "make a list"
     read_list = "read a list"
     write_list = "change a list"
@@ -38,7 +37,6 @@ LEAST = {
     Action.create_list: "reader",
     Action.follow: "reader",
     Action.settle_report: "editor",
-    Action.edit_paper: "editor",
     Action.start_run: "operator",
     Action.set_role: "operator",
 }

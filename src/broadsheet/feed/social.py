@@ -146,13 +146,14 @@ def comments(session: Session, paper_id: str) -> list[tuple[int, Comment]]:
     return thread
 
 
-def report_comment(db: Database, account: Account, comment_id: int, reason: str = "") -> None:
+def report_comment(db: Database, account: Account, comment_id: int, reason: str = "") -> Comment:
     """Tell the editors about a comment; a second report of the same reader changes nothing."""
     require(account, Action.report)
     with db.write() as session:
-        _comment(session, comment_id)
+        said = _comment(session, comment_id)
         row = {"comment_id": comment_id, "account_id": account.id, "reason": reason.strip()[:1000], "created": now()}
         _insert_once(db, session, Report, **row)
+    return said
 
 
 def open_reports(db: Database, account: Account) -> list[tuple[Report, Comment]]:

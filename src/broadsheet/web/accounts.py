@@ -16,7 +16,7 @@ from broadsheet.feed.permissions import Action, require
 from broadsheet.feed.records import parse_arxiv_id
 from broadsheet.web import lists, oauth
 from broadsheet.web.pages import list_page
-from broadsheet.web.rendering import paper_path, path_with
+from broadsheet.web.rendering import paper_path, path_with, plural
 from broadsheet.web.security import UPLOAD_BYTES, Reader, guard, reader, safe_next
 from broadsheet.web.site import Number, Site, page, site
 from broadsheet.web.views import Listing
@@ -186,7 +186,8 @@ def sign_up(request: Request, name: Word, email: Word, password: Word, next: Wor
         request.state.session.sign_in(account)
         request.state.session.say("Welcome to Broadsheet.")
         return RedirectResponse(safe_next(next), 303)
-    # With mail, whoever asks sees the same for a new address and a known one; the address's owner is told which it is.
+    # With mail, whoever asks sees the same for a new address and a known one, and waits as long; the address's owner is
+    # told which it is.
     if account is not None:
         token = people.confirm_email_token(account, here.secret)
         _send(
@@ -198,6 +199,7 @@ def sign_up(request: Request, name: Word, email: Word, password: Word, next: Wor
             token,
         )
     else:
+        _send(here, people.clean_email(email), "", "", "", really=False)  # in the place of writing an account
         _send(
             here,
             people.clean_email(email),
@@ -209,11 +211,16 @@ def sign_up(request: Request, name: Word, email: Word, password: Word, next: Wor
     return page(request, "message.html", title="Look into your mail", text=text, link=None)
 
 
-def _send(here: Site, to: str, subject: str, text: str, path: str, token: str = "") -> None:
+def _send(here: Site, to: str, subject: str, text: str, path: str, token: str = "", *, really: bool = True) -> None:
+    """Put a letter in the outbox. ``really=False`` takes as long and leaves nothing: what cannot be seen on the page is
+    not to be told from the time that it took either."""
     link = here.base_url + path_with(path, token=token)
     letter = Letter(to, subject, f"{text}\n\n{link}\n\nIf you did not ask for this, nothing happens without you.\n")
+    key = f"account:{secrets.token_hex(16)}"
     with here.db.write() as session:
-        outbox.put(session, f"account:{secrets.token_hex(16)}", letter)
+        outbox.put(session, key, letter)
+        if not really:
+            outbox.take_back(session, key)
     here.housekeeper.wake.set()
 
 
@@ -249,9 +256,15 @@ def reset(request: Request, email: Word) -> HTMLResponse:
     here = site(request)
     here.limits.check("mail", request, f"mail:{email.strip().lower()[:254]}")
     token = people.reset_token(here.db, here.secret, email)
-    if token is not None and here.settings.mail_url:
+    if here.settings.mail_url:
         _send(
-            here, people.clean_email(email), "A new password for Broadsheet", "Set it with this link:", "/reset", token
+            here,
+            email.strip(),
+            "A new password for Broadsheet",
+            "Set it with this link:",
+            "/reset",
+            token or "",
+            really=token is not None,
         )
     text = "If an account has this address, a link is on its way. It works once, for an hour."
     return page(request, "message.html", title="Look into your mail", text=text, link=None)
@@ -350,8 +363,23 @@ def bring_library(request: Request, who: Who, file: UploadFile) -> Response:
     here, account = site(request), who.need()
     here.limits.check("write", request, account.id)
     text = file.file.read(UPLOAD_BYTES).decode("utf-8", "replace")
-    count = library.take_library(here.db, here.index, account, text)
-    request.state.session.say(f"{count} papers of your library are known here: “For you” starts from them.")
+    return _library_taken(request, library.take_library(here.db, here.index, account, text))
+
+
+@router.post("/account/zotero")
+def bring_zotero(request: Request, who: Who, user: Word, key: Word = "") -> Response:
+    here, account = site(request), who.need()
+    here.limits.check("mail", request, f"zotero:{account.id}")  # each one is several requests to Zotero in our name
+    records = library.read_zotero(here.settings, user, key.strip())
+    if not records:
+        raise InvalidInput("no paper was found in this Zotero library")
+    return _library_taken(request, library.keep_library(here.db, here.index, account, records))
+
+
+def _library_taken(request: Request, known: int) -> Response:
+    request.state.session.say(
+        f"Your library is read; this feed has {plural(known, 'paper')} of it. “For you” starts there."
+    )
     return RedirectResponse("/for-you", 303)
 
 

@@ -19,7 +19,7 @@ from broadsheet.feed.models import Paper
 from broadsheet.web.rendering import paper_path, plural, shorten
 
 WIDTH, HEIGHT, MARGIN = 1000, 580, 60
-MOST_ON_MAP = 1500
+MOST_ON_MAP = 400  # the page stays below 100 kB
 COLOURS = ("c0", "c1f", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9")
 OTHER = "c10"
 LABEL_PIXELS = 5.9  # width of a letter, to keep names from running into each other
@@ -99,8 +99,9 @@ def map_of(db: Database, index: Any) -> Map:
         FieldCount(name=name, count=count, colour=colours.get(name, OTHER))
         for name, count in sorted(counts.items(), key=lambda item: order.get(item[0], len(order)))
     ]
+    which = f"{'the latest ' if len(rows) == MOST_ON_MAP else ''}{plural(len(points), 'paper')}"
     explanation = (
-        f"{plural(len(points), 'paper')}; near ones are near in meaning: the vectors of their titles and texts, "
+        f"{which[:1].upper()}{which[1:]}; near ones are near in meaning: the vectors of their titles and texts, "
         "projected on a plane."
     )
     return Map(explanation=explanation, points=points, fields=fields)
@@ -227,7 +228,7 @@ def bar_chart(title: str, counts: dict[str, int], unit: str) -> Chart:
         if bottom - v * scale >= top - 1
     ]
     slot = (right - left) / max(len(counts), 8)
-    every = max(1, round(90 / slot))
+    ticks = _ticks(list(counts), slot)
     for place, (name, count) in enumerate(counts.items()):
         x, height = left + place * slot, count * scale
         chart.bars.append(
@@ -239,6 +240,16 @@ def bar_chart(title: str, counts: dict[str, int], unit: str) -> Chart:
                 title=f"{name}: {plural(count, unit)}",
             )
         )
-        if place % every == 0:
-            chart.ticks.append(Mark(x=round(x + slot / 2, 1), label=name))
+        if place in ticks:
+            chart.ticks.append(Mark(x=round(x + slot / 2, 1), label=ticks[place]))
     return chart
+
+
+def _ticks(names: list[str], slot: float) -> dict[int, str]:
+    """What stands below which bar: of quarters the years, of weeks as many as have room on a phone's screen too."""
+    years = {place: name[:4] for place, name in enumerate(names) if name.endswith(" Q1")}
+    labels, free, ticks = years or dict(enumerate(names)), 0.0, {}
+    for place, label in labels.items():
+        if place * slot >= free:
+            ticks[place], free = label, place * slot + 18 * len(label)
+    return ticks

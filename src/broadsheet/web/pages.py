@@ -64,9 +64,15 @@ def search(request: Request, who: Who, found: Annotated[lists.Search, Depends(li
         snippets=found.snippets,
         voted=_voted(request, who, found.view),
         fields=catalog.fields(),
+        saved=not part and _saved(request, who, found.view.query),
     )
     response.headers["vary"] = "HX-Request"
     return response
+
+
+def _saved(request: Request, who: Reader, query: str) -> bool:
+    follows = social.follows_of(site(request).db, who.account) if who.account and query else []
+    return any((each.kind, each.value) == ("search", query) for each in follows)
 
 
 @router.get("/claims")
@@ -208,9 +214,9 @@ def delete_comment(request: Request, who: Who, comment_id: Number) -> Response:
 def report_comment(request: Request, who: Who, comment_id: Number, reason: Annotated[str, Form()] = "") -> Response:
     here, account = site(request), who.need()
     here.limits.check("write", request, account.id)
-    social.report_comment(here.db, account, comment_id, reason)
+    said = social.report_comment(here.db, account, comment_id, reason)
     request.state.session.say("Thank you: the editors will look at it.")
-    return RedirectResponse("/", 303)
+    return _back_to(said)
 
 
 @router.get("/reports")

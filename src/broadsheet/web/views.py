@@ -366,10 +366,12 @@ def verdicts_of(slugs: Iterable[str | None]) -> Verdicts:
 
 
 class Section(BaseModel):
-    """Papers of one field on the front page."""
+    """Papers of one field on the front page: over how many of its four columns, and in how many of its own."""
 
     field: str
     papers: list[Card]
+    span: int = Field(default=4, exclude=True)
+    columns: int = Field(default=4, exclude=True)
 
 
 class Front(BaseModel):
@@ -388,6 +390,16 @@ class Front(BaseModel):
     beside: list[Card]
     below: list[Card]
     sections: list[Section]
+
+    @property
+    def rows(self) -> list[list[Section]]:
+        """The sections in rows, each four columns wide."""
+        rows: list[list[Section]] = [[]]
+        for section in self.sections:
+            if sum(each.span for each in rows[-1]) + section.span > WIDE:
+                rows.append([])
+            rows[-1].append(section)
+        return rows
 
 
 class ClaimsRow(BaseModel):
@@ -440,6 +452,37 @@ def claims_page() -> ClaimsPage:
 
 
 MOST_ON_FRONT = 60
+WIDE = 4  # columns of the front page
+
+
+def laid_out(groups: Sequence[tuple[str, list[Card]]]) -> list[Section]:
+    """Sections that fill rows of four columns and leave no hole beside them.
+
+    A field of up to three papers takes a column for each, and smaller ones stand in the room beside it; what is still
+    left of a row goes to its widest section. A larger field has a row to itself, in as many columns as come out even.
+    """
+    waiting = [
+        Section(field=name, papers=cards, span=min(len(cards), WIDE), columns=_columns(len(cards)))
+        for name, cards in groups
+        if cards
+    ]
+    placed: list[Section] = []
+    while waiting:
+        widest = max(section.span for section in waiting)
+        row, left = [], WIDE
+        while fitting := [section for section in waiting if section.span <= (left if row else widest)]:
+            best = max(fitting, key=lambda section: section.span)  # of equals the first: the order of the fields
+            waiting.remove(best)
+            row.append(best)
+            left -= best.span
+        row[0].span += left
+        placed += row
+    return placed
+
+
+def _columns(n: int) -> int:
+    """In how many columns so many papers leave the fewest gaps: four, or three."""
+    return n if n < WIDE else min((WIDE, WIDE - 1), key=lambda columns: -n % columns)
 
 
 def front(session: Session) -> Front:
@@ -469,7 +512,7 @@ def front(session: Session) -> Front:
         figure=told.figures[0] if told and told.figures else None,
         beside=beside,
         below=below,
-        sections=[Section(field=name, papers=each) for name, each in sections],
+        sections=laid_out(sections),
     )
 
 

@@ -32,6 +32,7 @@ for (const map of document.querySelectorAll("[data-map]")) {
   const whole = { x: 0, y: 0, w: 1000, h: 580 };
   let view = { ...whole }, dragged = null;
   const show = () => {
+    svg.classList.toggle("zoomed", view.w < whole.w);
     svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.w} ${view.h}`);
     const scale = view.w / whole.w;
     for (const circle of svg.querySelectorAll("circle")) {
@@ -57,7 +58,9 @@ for (const map of document.querySelectorAll("[data-map]")) {
     const box = svg.getBoundingClientRect();
     zoom(event.deltaY > 0 ? 1.2 : 1 / 1.2, (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
   }, { passive: false });
-  svg.addEventListener("pointerdown", (event) => { dragged = { x: event.clientX, y: event.clientY, moved: false }; });
+  // On a phone the whole map is wider than the screen: a finger moves it by itself, until it is zoomed.
+  const scrolls = (event) => event.pointerType === "touch" && view.w === whole.w;
+  svg.addEventListener("pointerdown", (event) => { if (scrolls(event)) { dragged = null; return; } dragged = { x: event.clientX, y: event.clientY, moved: false }; });
   svg.addEventListener("pointermove", (event) => {
     if (!dragged || !event.buttons) return;
     const scale = view.w / svg.getBoundingClientRect().width;
