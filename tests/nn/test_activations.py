@@ -9,7 +9,13 @@ from torch import nn
 
 from broadsheet.data.language import TopicCorpus
 from broadsheet.errors import InvalidInput
-from broadsheet.nn.activations import ActivationBuffer, collect_activations, stream_activations, token_batches
+from broadsheet.nn.activations import (
+    ActivationBuffer,
+    RowBatches,
+    collect_activations,
+    stream_activations,
+    token_batches,
+)
 from broadsheet.nn.blocks import block_map
 from broadsheet.nn.hooks import capture
 from broadsheet.nn.padding import right_padded
@@ -164,3 +170,18 @@ class Unmapped(nn.Module):
 def test_a_model_without_a_map_is_refused() -> None:
     with pytest.raises(TypeError, match="register_block_map"):
         list(stream_activations(Unmapped(), "layers.0.mlp", [torch.zeros(1, 2)]))
+
+
+def test_row_batches_hold_every_row_once_in_another_order_each_time():
+    rows = torch.arange(10.0)[:, None]
+    batches = RowBatches(rows, 5, generator(0))
+    first, second = list(batches), list(batches)
+    assert len(batches) == len(first) == 2
+    assert sorted(torch.cat(first).flatten().tolist()) == list(range(10))
+    assert torch.cat(first).tolist() != torch.cat(second).tolist()
+    assert [len(part) for part in RowBatches(rows, 4)] == [4, 4]
+    again = RowBatches(rows, 5, generator(0))
+    assert torch.equal(torch.cat(list(again)), torch.cat(first))
+    for wrong in (0, 11):
+        with pytest.raises(InvalidInput, match=f"batch_size={wrong}"):
+            RowBatches(rows, wrong)

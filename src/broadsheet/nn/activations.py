@@ -230,6 +230,29 @@ def collect_activations(
     return Activations(values, *(torch.cat(column) for column in zip(*about, strict=True)))
 
 
+class RowBatches:
+    """Shuffled batches of rows that are in memory already; the last one of an epoch that is not full is left out.
+
+    Args:
+        rows: ``[n, d]``.
+        batch_size: rows of a batch, at most ``n``.
+        generator: of the order, on the CPU; a training that is resumed goes on with it.
+    """
+
+    def __init__(self, rows: Float[Tensor, "n d"], batch_size: int, generator: torch.Generator | None = None) -> None:
+        if not 1 <= batch_size <= len(rows):
+            raise InvalidInput(f"batch_size={batch_size}: there are {len(rows)} rows, so 1 to {len(rows)}")
+        self.rows, self.batch_size, self.generator = rows, batch_size, generator
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d"]]:
+        order = torch.randperm(len(self.rows), generator=self.generator).to(self.rows.device)
+        for part in order.split(self.batch_size)[: len(self)]:
+            yield self.rows[part]
+
+
 class ActivationBuffer:
     """Shuffled batches of activations for training: filled from the model, refilled when half is used.
 
