@@ -143,7 +143,7 @@ def check_pair(clean: ChoiceBatch, corrupt: ChoiceBatch, same_length: bool = Tru
         row = int(other[0])
         raise InvalidInput(
             f"prompt {row}: {int(clean.lengths[row])} tokens clean, {int(corrupt.lengths[row])} corrupt: patching "
-            "needs prompts of the same length (move the options of the same question, or align them at the final token only)"
+            "needs prompts of the same length (move the options of the same question, or align the final tokens only)"
         )
     same = (clean.right == corrupt.right).nonzero()
     if len(same):

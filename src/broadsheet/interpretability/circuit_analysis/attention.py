@@ -1,16 +1,19 @@
 """What heads look at from the final token, and the kinds of heads that this tells apart."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from broadsheet.data.choices import ChoiceBatch
 from broadsheet.errors import InvalidInput
-from broadsheet.interpretability.circuit_analysis.batch import ChoiceBatch
-from broadsheet.interpretability.circuit_analysis.effects import decoder_map
-from broadsheet.nn.attribution import Attribution, place_of
+from broadsheet.interpretability.circuit_analysis.skill import decoder_map, warn_at_chance
+from broadsheet.nn.attribution import Attribution, parse_node, place_of
 from broadsheet.nn.blocks import BlockMap
 from broadsheet.nn.hooks import evaluating
 from broadsheet.nn.padding import right_padded
@@ -41,6 +44,42 @@ class AttentionTable:
         """Mean attention to the right answer's label."""
         return self.labels[self.batch.rows, :, :, self.batch.answer].mean(0)
 
+    @property
+    def right_content(self) -> Float[Tensor, "layers heads"]:
+        """Mean attention to the right answer's text: heads that gather what the label heads then look for."""
+        return self.content[self.batch.rows, :, :, self.batch.answer].mean(0)
+
+    def by_answer(self, head: str) -> Float[Tensor, "n n"]:
+        """A head's mean attention to every item's label (columns), for every right item (rows; NaN where none is)."""
+        layer, index = parse_node(head)
+        if index is None:
+            raise InvalidInput(f"head={head!r}: an MLP has no attention")
+        labels, n = self.labels[:, layer, index], self.batch.n_items
+        return torch.stack([labels[self.batch.answer == i].mean(0) for i in range(n)])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each head: mean attention to right label, all labels, right text and last tokens."""
+        _, layers, heads = self.last.shape
+        names = [f"layers.{layer}.attn.head.{head}" for layer in range(layers) for head in range(heads)]
+        columns = {
+            "right_label": self.right_label, "labels": self.labels.sum(-1).mean(0),
+            "right_content": self.right_content, "last": self.last.mean(0),
+        }  # fmt: skip
+        return pd.DataFrame({"head": names, **{name: x.flatten().cpu().tolist() for name, x in columns.items()}})
+
+    def plot(self, heads: Sequence[str], prompt: int = 0, tokens: Sequence[str] | None = None, ax: Any = None) -> Any:
+        """Attention maps: one row for each head, one column for each token of a prompt.
+
+        Args:
+            heads: names such as ``"layers.3.attn.head.5"``.
+            prompt: which prompt.
+            tokens: the prompt's tokens as text; None for their ids.
+            ax: matplotlib axes.
+        """
+        from broadsheet.interpretability.circuit_analysis.figures import attention_maps
+
+        return attention_maps(self, heads, prompt, tokens, ax)
+
 
 @torch.no_grad()
 def attention_table(model: nn.Module | BlockMap, batch: ChoiceBatch) -> AttentionTable:
@@ -49,6 +88,9 @@ def attention_table(model: nn.Module | BlockMap, batch: ChoiceBatch) -> Attentio
     Args:
         model: any mapped decoder.
         batch: the prompts.
+
+    Warns:
+        ModelAtChance: the model does not have the skill.
     """
     the_map = decoder_map(model)
     padded = right_padded(batch.input_ids, batch.attention_mask)
@@ -62,7 +104,8 @@ def attention_table(model: nn.Module | BlockMap, batch: ChoiceBatch) -> Attentio
         return x
 
     with evaluating(the_map.model):
-        the_map.forward(padded.input_ids, padded.attention_mask, edit=keep)
+        logits = the_map.forward(padded.input_ids, padded.attention_mask, edit=keep)
+    warn_at_chance(logits[batch.rows, at].gather(1, batch.answers), batch)
     first = next(iter(found.values()))
     rows = first.new_zeros(n, the_map.n_layers, the_map.n_heads, time)
     for layer, x in found.items():
@@ -91,15 +134,20 @@ class HeadCategories:
         mass: attention to all labels.
         entropy: of the attention among labels, over its largest possible value.
         single: largest share of the label mass that one item gets over all prompts.
+        conditional: share of the label mass that its favourite item gets when it is right, less the most that another
+            one gets when that is right ("looks at B where B is right").
         last: attention to the last three tokens.
+        content: attention to the right item's text above the mean over the items.
     """
 
-    kind: Tensor
-    excess: Tensor
-    mass: Tensor
-    entropy: Tensor
-    single: Tensor
-    last: Tensor
+    kind: Int[Tensor, "layers heads"]
+    excess: Float[Tensor, "layers heads"]
+    mass: Float[Tensor, "layers heads"]
+    entropy: Float[Tensor, "layers heads"]
+    single: Float[Tensor, "layers heads"]
+    conditional: Float[Tensor, "layers heads"]
+    last: Float[Tensor, "layers heads"]
+    content: Float[Tensor, "layers heads"]
 
     def named(self, kind: str) -> list[str]:
         """Names of the heads of one kind."""
@@ -108,9 +156,32 @@ class HeadCategories:
         found = (self.kind == KINDS.index(kind)).nonzero().tolist()
         return [f"layers.{layer}.attn.head.{head}" for layer, head in found]
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each head, with its kind and scores."""
+        layers, heads = self.kind.shape
+        names = [f"layers.{layer}.attn.head.{head}" for layer in range(layers) for head in range(heads)]
+        scores = ("excess", "mass", "entropy", "single", "conditional", "last", "content")
+        return pd.DataFrame(
+            {
+                "head": names,
+                "kind": [KINDS[i] for i in self.kind.flatten().tolist()],
+                **{name: getattr(self, name).flatten().cpu().tolist() for name in scores},
+            }
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Layers by heads, coloured by kind, with the excess attention to the right label written in."""
+        from broadsheet.interpretability.circuit_analysis.figures import kinds_map
+
+        return kinds_map(self, ax)
+
 
 def categorise_heads(table: AttentionTable, shares: Attribution | None = None) -> HeadCategories:
-    """Sort heads by what their final token looks at; the first kind that fits, thresholds are ours.
+    """Sort heads by what their final token looks at; the first kind that fits. The thresholds are ours.
+
+    Correct letter: at least 0.3 more on the right label than on labels on average. Uniform: half of the attention on
+    labels, with normalized entropy 0.9. Single letter: one item has 0.6 of the label mass, always or only where it is
+    right. Amplification: 0.6 on the last three tokens, and a positive direct effect.
 
     Args:
         table: of the prompts.
@@ -129,7 +200,8 @@ def categorise_heads(table: AttentionTable, shares: Attribution | None = None) -
     when = torch.stack(
         [share_right[answer == i].mean(0) if bool((answer == i).any()) else 0 * single for i in range(n)]
     )
-    conditional = (when >= 0.6).sum(0) == 1
+    best = when.topk(2, 0).values
+    conditional = (best[0] >= 0.6) & (best[1] < 0.6)
     helps = torch.ones_like(single, dtype=torch.bool) if shares is None else shares.direct_effect > 0
     average = mass.mean(0)
     kind = torch.full_like(single, KINDS.index("other"), dtype=torch.long)
@@ -137,4 +209,5 @@ def categorise_heads(table: AttentionTable, shares: Attribution | None = None) -
     kind[((single >= 0.6) | conditional) & (average >= 0.3)] = KINDS.index("single_letter")
     kind[(average >= 0.5) & (entropy >= 0.9)] = KINDS.index("uniform")
     kind[(excess >= 0.3) & ~((single >= 0.6) | conditional)] = KINDS.index("correct_letter")
-    return HeadCategories(kind, excess, average, entropy, single, table.last.mean(0))
+    content = table.right_content - table.content.mean((0, -1))
+    return HeadCategories(kind, excess, average, entropy, single, best[0] - best[1], table.last.mean(0), content)
