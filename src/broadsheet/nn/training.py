@@ -211,6 +211,10 @@ def fit(
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if isinstance(batches, DataLoader) and accelerator.num_processes > 1:
         batches = accelerator.prepare(batches)
+    # In one process and full precision accelerate's own step and backward do the same as torch's, and look for optional
+    # packages each time, which costs more than a small model's step.
+    plain = accelerator.num_processes == 1 and mixed_precision == "no"
+    stepped: Any = optimizer if plain else prepared
     stream = _Stream(batches, generators)
     folder = None if checkpoint is None else Path(checkpoint) / f"rank-{accelerator.process_index}"
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
@@ -289,7 +293,10 @@ def fit(
                     with accelerator.no_sync(wrapped) if waits else nullcontext():
                         with accelerator.autocast():
                             loss = loss_fn(wrapped, batch)
-                        accelerator.backward(loss / gradient_accumulation)
+                        if plain:
+                            (loss / gradient_accumulation).backward()
+                        else:
+                            accelerator.backward(loss / gradient_accumulation)
                     total += loss.detach() / gradient_accumulation
                 recent.append(total)
                 if len(recent) >= read_every:
@@ -297,8 +304,8 @@ def fit(
                 stepping = True
                 if clip_norm is not None:
                     accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
-                prepared.step()
-                prepared.zero_grad(set_to_none=True)
+                stepped.step()
+                stepped.zero_grad(set_to_none=True)
                 if scheduler is not None:
                     scheduler.step()
                 if ema is not None:
