@@ -110,7 +110,7 @@ def capture(
 
     with ExitStack() as stack:
         for name in wanted:
-            for key, site in _expand(model, name, at):
+            for key, site in expand(model, name, at):
                 _attach(stack, model, site, reader(key, site))
         yield found
 
@@ -156,7 +156,7 @@ def replace(
 
     with ExitStack() as stack:
         for name, value in values.items():
-            for key, site in _expand(model, name, at):
+            for key, site in expand(model, name, at):
                 _attach(stack, model, site, writer(key, site, value))
         yield model
 
@@ -184,8 +184,17 @@ def patch(
         yield model
 
 
-def _expand(model: nn.Module, name: str | Site, at: str) -> list[tuple[str, Site]]:
-    """Names and wildcards to (key, site) with exact submodule names."""
+def expand(model: nn.Module, name: str | Site, at: str = "output") -> list[tuple[str, Site]]:
+    """The sites that a name or wildcard stands for, each with its key.
+
+    Args:
+        model: any module.
+        name: a submodule's name, wildcards allowed, or a :class:`Site`.
+        at: ``"output"`` or ``"input"``, for a plain name.
+
+    Raises:
+        InvalidInput: no submodule of that name, with the nearest ones.
+    """
     site = name if isinstance(name, Site) else Site(name, at)
     known = dict(model.named_modules())
     if site.module in known:
