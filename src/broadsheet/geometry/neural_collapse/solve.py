@@ -279,5 +279,5 @@ def solve_ufm(
                     raise TrainingDiverged(
                         f"the objective is {float(value)} at step {step}: try a smaller lr than {lr}"
                     )
-                task.advance(100 if step % 100 == 0 else step % 100, loss=float(value))
+                task.advance(100 if step % 100 == 0 else step % 100, loss=float(losses[-1]))
     return result()
