@@ -764,17 +764,34 @@ def encoder():
 
 
 @pytest.mark.slow
-def test_the_fast_encoder_gives_the_published_vectors(encoder):
+@pytest.mark.parametrize(("half", "error"), [(False, 2e-6), (True, 3e-4)])  # weights rounded to float16: 1.2e-4
+def test_the_fast_encoder_gives_the_published_vectors(encoder, half, error):
     """Against sentence-transformers, for one text and for batches of unlike lengths."""
+    from broadsheet.feed.search import Encoder
     from broadsheet.nn.minilm import Embedder
 
     texts = ["circuits", "", "Which attention heads matter for a prediction?", "word " * 400, "数学 é 😀", "a b c"]
-    reference = Embedder()
-    assert encoder.fingerprint == reference.fingerprint
-    np.testing.assert_allclose(encoder.embed(texts), reference.embed(texts), atol=2e-6)
+    reference, tried = Embedder(), encoder if half else Encoder(half=False)
+    assert tried.fingerprint == reference.fingerprint
+    np.testing.assert_allclose(tried.embed(texts), reference.embed(texts), atol=error)
     for text in texts:
-        np.testing.assert_allclose(encoder.embed([text]), reference.embed([text]), atol=2e-6)
-    np.testing.assert_allclose(encoder.embed(texts * 8, batch_size=5)[:6], reference.embed(texts), atol=2e-6)
+        np.testing.assert_allclose(tried.embed([text]), reference.embed([text]), atol=error)
+    np.testing.assert_allclose(tried.embed(texts * 8, batch_size=5)[:6], reference.embed(texts), atol=error)
+
+
+def test_where_torch_has_no_products_in_half_precision_the_encoder_goes_on_in_float32(monkeypatch):
+    import torch
+
+    from broadsheet.feed.search.encoder import _product
+
+    def missing(*_):
+        raise RuntimeError("didn't find engine for operation quantized::linear_prepack_fp16 NoQEngine")
+
+    weight, bias, x = torch.randn(6, 4), torch.randn(6), torch.randn(3, 4)
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(_product(weight, bias, True)(x), wanted, atol=5e-3, rtol=0)
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing)
+    torch.testing.assert_close(_product(weight, bias, True)(x), wanted)
 
 
 @pytest.fixture(scope="module")
