@@ -233,6 +233,20 @@ def test_what_was_voted_for_in_these_days_comes_first_whenever_it_was_listed(sto
     ]
 
 
+def test_a_story_says_that_it_runs_only_where_the_method_is_built(stocked, settings):
+    subscription = confirmed(stocked, settings, "ann@example.org")
+    with stocked.write() as session:
+        session.get_one(Paper, "2512.00000").slug = "cd-t"
+        session.get_one(Paper, "2512.00001").slug = "left-the-catalogue"
+    with stocked.read() as session:
+        issue = digest.compose(session, settings, subscription, DAY)
+    assert {story.id: story.runs for story in issue.stories} == {
+        "2512.00000": True,
+        "2512.00001": False,
+        "2512.00002": False,
+    }
+
+
 def test_saved_searches_are_asked_for_the_days_of_the_issue(stocked, settings):
     ann = people.sign_up(stocked, "ann", "ann@example.org", "a long password")
     social.follow(stocked, ann, "search", "quiet things")

@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from broadsheet.errors import InvalidInput, NotAllowed
+from broadsheet import catalog
+from broadsheet.errors import InvalidInput, NotAllowed, UnknownPaper
 from broadsheet.feed import outbox, papers
 from broadsheet.feed.database import Database
 from broadsheet.feed.mail import Letter
@@ -266,8 +267,16 @@ def _story(settings: Settings, card: PaperCard, why: str) -> Story:
         summary=_first_sentences(card.abstract, 320),
         authors=named or (f"{card.n_authors} authors" if card.n_authors else ""),
         why=why,
-        runs=card.slug is not None,
+        runs=_runs(card.slug),
     )
+
+
+def _runs(slug: str | None) -> bool:
+    """Whether the library has the method of the catalogue's paper of that slug."""
+    try:
+        return slug is not None and catalog.paper(slug).built
+    except UnknownPaper:  # it has left the catalogue since
+        return False
 
 
 def _first_sentences(text: str, most: int) -> str:

@@ -69,7 +69,7 @@ def names(authors: Sequence[str], n_authors: int = 0, most: int = 3) -> str:
         return f"{count} author{'' if count == 1 else 's'}" if count else ""
     shown = list(authors[:most])
     if count > len(shown):
-        return f"{', '.join(shown)} and {count - len(shown)} more"
+        return f"{', '.join(shown)} and {count - len(shown)}\u00a0more"  # the number stays with its word
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
