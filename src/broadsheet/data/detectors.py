@@ -65,11 +65,12 @@ class Detector:
 
     def partly(self, scenes: Scenes) -> Bool[np.ndarray, "n 4"]:
         """Slots in which at least one of its words is true."""
-        return np.any([scenes.where(word) for word in (*self.all_of, *self.any_of)] or [self.where(scenes)], 0)
+        found = [scenes.where(word) for word in (*self.all_of, *self.any_of)]
+        return np.asarray(np.any(found or [self.where(scenes)], 0))
 
     def mask(self, scenes: Scenes) -> Bool[np.ndarray, "n size size"]:
         """The pixels of everything that it finds."""
-        return (scenes.masks & self.where(scenes)[..., None, None]).any(1)
+        return np.asarray((scenes.masks & self.where(scenes)[..., None, None]).any(1))
 
 
 def made_detectors(n: int, seed: int = 0) -> list[Detector]:
@@ -180,9 +181,8 @@ def sentence(detector: Detector, draw: np.random.Generator) -> str:
         either = " or ".join(detector.any_of)
         before = [word for word in words if word in TEXTURES] + [word for word in words if word in COLOURS]
         shapes = [PLURALS[word] for word in words if word in SHAPES]
-        noun = " ".join(
-            [*before, *([either] if either else []), *(shapes or [str(draw.choice(["things", "objects"]))])]
-        )
+        shapes = shapes or [str(draw.choice(["things", "objects"]))]
+        noun = " ".join([*before, *([either] if either else []), *shapes])
     without = " or ".join(detector.none_of)
     return " ".join(part for part in (noun, f"that are not {without}" if without else "", where) if part)
 

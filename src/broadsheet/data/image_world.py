@@ -79,7 +79,7 @@ class Scenes:
 
     def concept(self, words: str | Iterable[str]) -> Bool[np.ndarray, "n size size"]:
         """The pixels of everything that all words are true of."""
-        return (self.masks & self.where(words)[..., None, None]).any(1)
+        return np.asarray((self.masks & self.where(words)[..., None, None]).any(1))
 
     def _word(self, word: str) -> Bool[np.ndarray, "n 4"]:
         if word == GLYPH:
@@ -236,7 +236,7 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
-    return pictures.reshape(-1, 8, 8) / 16, labels
+    return np.asarray(pictures).reshape(-1, 8, 8) / 16, np.asarray(labels)
 
 
 def _ink(digits: np.ndarray, draw: np.random.Generator) -> np.ndarray:

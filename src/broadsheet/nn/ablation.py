@@ -25,9 +25,11 @@ def by_layer(units: Mapping[str, Sequence[int]] | Iterable[Unit]) -> dict[str, l
     Args:
         units: layer's name -> unit numbers, or pairs of layer and unit.
     """
-    if isinstance(units, Mapping):
-        return {layer: [int(unit) for unit in chosen] for layer, chosen in units.items()}
     found: dict[str, list[int]] = {}
+    if isinstance(units, Mapping):
+        for layer, chosen in units.items():
+            found[str(layer)] = [int(unit) for unit in chosen]  # type: ignore[union-attr]  # a sequence of numbers
+        return found
     for layer, unit in units:
         found.setdefault(layer, []).append(int(unit))
     return found

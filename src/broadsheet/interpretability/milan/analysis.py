@@ -110,10 +110,8 @@ class Importance:
 
     def to_frame(self) -> pd.DataFrame:
         """Columns ``order``, ``units`` and ``accuracy``."""
-        rows = [
-            (key, n, value) for key, curve in self.curves.items() for n, value in zip(self.counts, curve, strict=True)
-        ]
-        rows += [("random", n, float(v)) for row in self.random for n, v in zip(self.counts, row, strict=True)]
+        curves = [*self.curves.items(), *(("random", row.tolist()) for row in self.random)]
+        rows = [(key, n, value) for key, curve in curves for n, value in zip(self.counts, curve, strict=True)]
         return pd.DataFrame(rows, columns=["order", "units", "accuracy"])
 
     def plot(self, ax: Any = None) -> Any:
@@ -233,7 +231,7 @@ class Edit:
         counts: units off at each point of the curves.
         validation: validation score at each point.
         test: name of a test -> its score at each point.
-        all_units: the same where all described units were put in that order (without regard to words); empty if not asked.
+        all_units: the same with all described units in that order, whatever their words; empty if not asked for.
         random: name of a test -> scores of random units, ``[draws, points]``.
     """
 
@@ -257,7 +255,12 @@ class Edit:
 
     def after(self, test: str) -> float:
         """The score of a test with the chosen units off."""
-        return self.test[test][len(self.chosen)]
+        return self.test[test][self.at]
+
+    @property
+    def at(self) -> int:
+        """Which point of the curves has just the chosen units off."""
+        return self.counts.index(len(self.chosen))
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each candidate: ``layer``, ``unit``, ``text``, ``alone`` and ``chosen``."""
@@ -303,6 +306,7 @@ def edit(
     tolerance: float = 0.02,
     draws: int = 5,
     all_units: bool = False,
+    points: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Edit:
@@ -322,6 +326,7 @@ def edit(
         tolerance: validation score that may be lost.
         draws: random sets of units beside them.
         all_units: put all described units in order by the same rule, too: one run of ``val`` for each.
+        points: at about how many numbers of units the tests are run; None for every number.
         seed: of the random units.
         progress: where units tried are shown.
 
@@ -340,7 +345,8 @@ def edit(
             f"{', '.join(map(str, common.index[:8])) or 'none (no unit is described)'}"
         )
     measure = _measure(val)
-    tests = {name: _measure(each) for name, each in (test if isinstance(test, Mapping) else {"test": test}).items()}
+    given: dict[str, Any] = dict(test) if isinstance(test, Mapping) else {"test": test}  # type: ignore[arg-type]
+    tests = {name: _measure(each) for name, each in given.items()}
     described = [i for i, text in enumerate(descriptions.texts) if text]
 
     def ranked(these: Sequence[int]) -> list[tuple[float, int]]:
@@ -356,32 +362,33 @@ def edit(
     named = set(rows)
     mine = [(score, i) for score, i in alone if i in named]
     most = min(max_units, len(mine))
-    counts = list(range(most + 1))
     order = [units[i] for _, i in mine]
-    validation = ablation_curve(model, measure, order, counts)
-    allowed = next((n - 1 for n in counts if validation[n] < validation[0] - tolerance), most)
+    every = ablation_curve(model, measure, order, range(most + 1))
+    allowed = next((n - 1 for n in range(most + 1) if every[n] < every[0] - tolerance), most)
+    shown = range(most + 1) if points is None else np.linspace(0, most, max(2, points)).round().astype(int).tolist()
+    counts = sorted({*shown, allowed})
+    validation = [every[n] for n in counts]
     draw = np.random.default_rng(seed)
     chance = [[units[i] for i in draw.permutation(described)[:most]] for _ in range(draws)]
     everything = [units[i] for _, i in alone]
+    asked = tests if all_units else {}
     return Edit(
         tuple(order[:allowed]), tuple(order), tuple(descriptions.texts[i] for _, i in mine),
         tuple(score for score, _ in mine), tuple(counts), tuple(validation),
         {name: tuple(ablation_curve(model, each, order, counts)) for name, each in tests.items()},
         {name: np.array([ablation_curve(model, each, row, counts) for row in chance]).reshape(draws, len(counts))
          for name, each in tests.items()},
-        {name: tuple(ablation_curve(model, each, everything, counts)) for name, each in tests.items()} if all_units else {},
+        {name: tuple(ablation_curve(model, each, everything, counts)) for name, each in asked.items()},
     )  # fmt: skip
 
 
 def _units(descriptions: Descriptions) -> tuple[Unit, ...]:
     if descriptions.units is None:
-        raise InvalidInput(
-            "these descriptions are of vectors: units of a model, with layer and number, are needed here"
-        )
+        raise InvalidInput("these descriptions are of vectors: units with layer and number are needed here")
     return descriptions.units
 
 
 def _measure(data: Any) -> Measure:
     if callable(data):
-        return data
+        return lambda model: float(data(model))  # type: ignore[arg-type]  # a Measure
     return lambda model: accuracy(model, data)

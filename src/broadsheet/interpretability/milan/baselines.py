@@ -135,7 +135,7 @@ def constant_description(descriptions: Sequence[Sequence[str]]) -> str:
         descriptions: of the annotated units.
 
     Returns:
-        the sentence of the annotations with the highest BLEU when said of every unit; rarer ones than the 50 most
+        the sentence of the annotations with the highest BLEU when said of every unit; rarer ones than the 20 most
         frequent are not tried.
     """
     every = [text for texts in descriptions for text in texts]
@@ -144,7 +144,7 @@ def constant_description(descriptions: Sequence[Sequence[str]]) -> str:
     counts: dict[str, int] = {}
     for text in every:
         counts[text] = counts.get(text, 0) + 1
-    tried = sorted(counts, key=lambda text: (-counts[text], text))[:50]
+    tried = sorted(counts, key=lambda text: (-counts[text], text))[:20]
     wanted = [list(texts) for texts in descriptions if len(texts)]
     return max(tried, key=lambda text: bleu([text] * len(wanted), wanted))
 
@@ -165,7 +165,7 @@ def nearest_description(
     centre, spread = known.mean(0), known.std(0, correction=0).clamp_min(1e-12)
     a, b = (functional.normalize((x - centre) / spread, dim=1) for x in (new, known))
     nearest = (a @ b.T).argmax(1).tolist()
-    return [max(descriptions[i], key=lambda text: (len(text.split()), text)) for i in nearest]
+    return [str(max(descriptions[i], key=lambda text: (len(text.split()), text))) for i in nearest]
 
 
 def _stacked(concepts: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:

@@ -1,4 +1,4 @@
-"""Choosing among the sentences of a beam by how well they fit the pictures in CLIP's eyes (an addition of the authors)."""
+"""Choosing among a beam's sentences by how well they fit the pictures in CLIP's eyes (the authors' later addition)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def rerank_with_clip(
     descriptions: Descriptions, exemplars: Exemplars, similarity: Similarity, lam: float = 0.5
 ) -> Descriptions:
-    """Choose for each unit the sentence of its beam with ``(1 - lam) * fit to the active regions + lam * fit to the pictures``.
+    """Choose each unit's sentence by ``(1 - lam) * fit to the active regions + lam * fit to the whole pictures``.
 
     The regions are the pictures with everything outside the mask turned grey. (The official code hides patches from
     CLIP's class token instead, which ties it to one architecture.)

@@ -57,6 +57,9 @@ class Describer(nn.Module, PyTorchModelHubMixin):
     The encoder that turned pictures into vectors is not part of it: hand it in as ``encoder=`` and pictures may be
     given wherever vectors are.
 
+    After :meth:`fit`, ``history`` holds the score of each look at the held-out units, and ``best_weights`` the decoder's
+    weights at the best one.
+
     Args:
         words: of the vocabulary, the special ones first.
         width: of an exemplar's vector.
@@ -84,15 +87,18 @@ class Describer(nn.Module, PyTorchModelHubMixin):
         self.lm = SentenceLM(list(words), **{"length": length, **(lm or {})})
         self._encoder: list[nn.Module] = []  # in a list: neither its weights nor its mode are this module's
         self.history: dict[int, float] = {}
+        self.best_weights: dict[str, Tensor] = {}
 
     @property
     def encoder(self) -> nn.Module | None:
         """From pictures and masks to vectors; None where only vectors are described."""
         return self._encoder[0] if self._encoder else None
 
-    @encoder.setter
-    def encoder(self, module: nn.Module | None) -> None:
-        self._encoder = [] if module is None else [module]
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder":  # a module would be made a submodule before a property's setter is asked
+            self._encoder[:] = [] if value is None else [value]
+        else:
+            super().__setattr__(name, value)
 
     @property
     def device(self) -> torch.device:
@@ -158,8 +164,8 @@ class Describer(nn.Module, PyTorchModelHubMixin):
             raise InvalidInput(f"unit {empty[0]} ({seen.names[empty[0]]}) has no description: leave such units out")
         if restore not in ("best", "last") or watch not in ("bleu", "loss") or not 0 <= held_out < 1:
             raise InvalidInput(
-                f"restore={restore!r}, watch={watch!r}, held_out={held_out}: expected 'best' or 'last', 'bleu' or 'loss', "
-                "and 0 <= held_out < 1"
+                f"restore={restore!r}, watch={watch!r}, held_out={held_out}: expected 'best' or 'last', 'bleu' or "
+                "'loss', and 0 <= held_out < 1"
             )
         everything = [text for texts in sentences for text in texts]
         vocabulary = vocabulary or (lm.vocabulary if lm is not None else Vocabulary.of(everything))
@@ -172,15 +178,12 @@ class Describer(nn.Module, PyTorchModelHubMixin):
         trained = sorted(set(range(len(seen))) - set(watched))
         folder = None if checkpoint is None else Path(checkpoint)
         lm_how = dict(lm_sizes or {})
-        lm_train = {
-            name: lm_how.pop(name) for name in ("epochs", "batch", "lr", "weight_decay", "patience") if name in lm_how
-        }
         if lm is None:
             lm = SentenceLM.fit(
                 [text for i in trained for text in sentences[i]], vocabulary,
                 held_out=[text for i in watched for text in sentences[i]], seed=seed, device=where, progress=progress,
                 checkpoint=None if folder is None else folder / "prior",
-                length=sizes.get("length", 15), **lm_train, **lm_how,
+                length=sizes.get("length", 15), **lm_how,
             )  # fmt: skip
         lm_config = {
             "embedding": lm.embedding.embedding_dim, "hidden": lm.lstm.hidden_size, "layers": lm.lstm.num_layers,
@@ -235,7 +238,7 @@ class Describer(nn.Module, PyTorchModelHubMixin):
                 self.decoder, loss, loader, steps=epochs * len(loader), optimizer=optimizer, checkpoint=checkpoint,
                 progress=progress, description="training the describer", restore=restore and bool(watched),
             )  # fmt: skip
-        self.history = keeper.history
+        self.history, self.best_weights = keeper.history, keeper.best
 
     @classmethod
     def load(cls, path: str | Path, encoder: nn.Module | None = None) -> "Describer":
@@ -388,7 +391,7 @@ def _vectors(
     if isinstance(exemplars, Exemplars):
         if encoder is None:
             raise InvalidInput(
-                "these exemplars are pictures: hand in encoder=, or describer.encoder = PyramidEncoder(backbone, layers)"
+                "these exemplars are pictures: set encoder= to what turns them into vectors, such as a PyramidEncoder"
             )
         return encode(encoder, exemplars, progress=progress)
     if exemplars.ndim != 3:

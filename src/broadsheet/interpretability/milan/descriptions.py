@@ -52,7 +52,7 @@ class Descriptions:
         finished: ``[units, beam]``, whether the sentence came to its end within the length allowed.
         temperature: weight of the prior.
         chosen: ``[units]``, which sentence of the beam.
-        attention: for each unit ``[words, k]``, of the sentence that the likelihood liked best at the time of the search.
+        attention: for each unit ``[words, k]``, of the sentence chosen by the search.
     """
 
     names: tuple[str, ...]
@@ -98,7 +98,9 @@ class Descriptions:
                 "finished": self.finished[i].tolist(),
             }
         )
-        table = table[np.isfinite(table["log_likelihood"])].sort_values("score", ascending=False, ignore_index=True)
+        table = table.loc[np.isfinite(table["log_likelihood"])].sort_values(
+            by="score", ascending=False, ignore_index=True
+        )
         return Description(
             self.names[i], self.texts[i], float(self.score[i]), float(self.log_likelihood[i, best]),
             float(self.log_prior[i, best]), table, self.attention[i],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -157,26 +157,40 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @torch.no_grad()
+def encode_pictures(
+    encoder: nn.Module, images: UInt8[Tensor, "units k 3 height width"], masks: Tensor
+) -> Float[Tensor, "units places d"]:
+    """The vectors of pictures and masks at hand.
+
+    Args:
+        encoder: from pictures ``[n, 3, h, w]`` (0 to 1) and masks ``[n, 1, h, w]`` to ``[n, d]`` or ``[n, places, d]``.
+        images: 0 to 255.
+        masks: ``[units, k, 1, height, width]``, bool or weights.
+    """
+    first = next(iter([*encoder.parameters(), *encoder.buffers()]), torch.zeros(()))
+    with evaluating(encoder):
+        pictures = (images.flatten(0, 1).float() / 255).to(first.device)
+        vectors = encoder(pictures, masks.flatten(0, 1).to(first.device))
+    return vectors.reshape(len(images), -1, vectors.shape[-1])
+
+
 def encode(
     encoder: nn.Module, exemplars: Exemplars, *, batch_size: int = 256, progress: Progress = SILENT
 ) -> VectorExemplars:
     """The exemplars as an encoder sees them; computed once, used for training and describing.
 
     Args:
-        encoder: from pictures ``[n, 3, h, w]`` (0 to 1) and masks ``[n, 1, h, w]`` to ``[n, d]`` or ``[n, places, d]``.
+        encoder: as in :func:`encode_pictures`.
         exemplars: of pictures.
         batch_size: pictures at a time.
         progress: where units done are shown.
     """
-    first = next(iter([*encoder.parameters(), *encoder.buffers()]), torch.zeros(()))
     found = []
     step = max(1, batch_size // exemplars.k)
-    with evaluating(encoder), progress.task("looking at exemplars", total=len(exemplars)) as task:
+    with progress.task("looking at exemplars", total=len(exemplars)) as task:
         for start in range(0, len(exemplars), step):
             some = exemplars[start : start + step]
-            images = (some.images.flatten(0, 1).float() / 255).to(first.device)
-            vectors = encoder(images, some.masks.flatten(0, 1).to(first.device))
-            found.append(vectors.reshape(len(some), -1, vectors.shape[-1]))
+            found.append(encode_pictures(encoder, some.images, some.masks))
             task.advance(len(some))
     names = tuple(f"{layer}, unit {unit}" for layer, unit in exemplars.names)
     return VectorExemplars(torch.cat(found), names, exemplars.names, exemplars.alive)

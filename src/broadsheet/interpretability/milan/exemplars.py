@@ -150,7 +150,7 @@ def draw_grid(
         dim: brightness outside the mask.
         columns: of units.
     """
-    units, k, _, height, width = images.shape
+    units, k = images.shape[:2]
     rows = -(-units // columns)
     gap, wide = 0.06, k * 1.06 + 0.5
     ax = new_axes(ax, figsize=(0.82 * wide * columns, 1.28 * rows))
@@ -189,8 +189,8 @@ def top_exemplars(
 
     Args:
         model: any module; evaluated, and given back in the mode in which it came.
-        dataset: has a length and gives pictures by number: ``[3, height, width]``, uint8 or floats from 0 to 1, alone or
-            first in a tuple or under ``"pixel_values"`` or ``"image"``. For a generator: latents.
+        dataset: has a length and gives pictures by number: ``[3, height, width]``, uint8 or floats from 0 to 1,
+            alone, first in a tuple, or under ``"pixel_values"`` or ``"image"``. For a generator: latents.
         layer: a submodule whose output is ``[batch, units, rows, columns]`` or ``[batch, tokens, units]``.
         units: numbers of units; None for all.
         k: pictures of each unit.

@@ -126,116 +126,23 @@ FUNCTION_WORDS = {
     ),
 }
 _FUNCTION = {word: tag for tag, words in FUNCTION_WORDS.items() for word in words.split()}
-_ADJECTIVES = set(
-    [
-        "red",
-        "green",
-        "blue",
-        "yellow",
-        "purple",
-        "cyan",
-        "orange",
-        "pink",
-        "brown",
-        "black",
-        "white",
-        "grey",
-        "gray",
-        "dark",
-        "bright",
-        "light",
-        "pale",
-        "colourful",
-        "colorful",
-        "coloured",
-        "colored",
-        "round",
-        "square",
-        "circular",
-        "rectangular",
-        "triangular",
-        "curved",
-        "straight",
-        "flat",
-        "thin",
-        "thick",
-        "wide",
-        "narrow",
-        "long",
-        "short",
-        "tall",
-        "small",
-        "large",
-        "big",
-        "tiny",
-        "huge",
-        "high",
-        "low",
-        "upper",
-        "lower",
-        "left",
-        "right",
-        "top",
-        "bottom",
-        "middle",
-        "central",
-        "vertical",
-        "horizontal",
-        "diagonal",
-        "parallel",
-        "plain",
-        "striped",
-        "dotted",
-        "spotted",
-        "checkered",
-        "patterned",
-        "textured",
-        "smooth",
-        "rough",
-        "shiny",
-        "furry",
-        "hairy",
-        "wooden",
-        "metallic",
-        "soft",
-        "hard",
-        "sharp",
-        "similar",
-        "different",
-        "same",
-        "repeating",
-        "human",
-        "open",
-        "empty",
-        "old",
-        "new",
+_ADJECTIVES = frozenset(
+    word
+    for line in (
+        "red green blue yellow purple cyan orange pink brown black white grey gray dark bright light pale colourful",
+        "colorful coloured colored round square circular rectangular triangular curved straight flat thin thick wide",
+        "narrow long short tall small large big tiny huge high low upper lower left right top bottom middle central",
+        "vertical horizontal diagonal parallel plain striped dotted spotted checkered patterned textured smooth rough",
+        "shiny furry hairy wooden metallic soft hard sharp similar different same repeating human open empty old new",
         "written",
-    ]
+    )
+    for word in line.split()
 )
 # Ambiguous words that end a sentence, or stand before a function word, are things: "at the top", "on the left".
 _NOUNS_AT_THE_END = {"top", "bottom", "left", "right", "middle", "square", "light", "human", "red", "green", "blue"}
 _ADJECTIVE_ENDINGS = ("ful", "ous", "ish", "ic", "al", "ive", "less", "able", "ible", "ular", "ed", "y")
-_VERBS = set(
-    [
-        "look",
-        "looks",
-        "show",
-        "shows",
-        "contain",
-        "contains",
-        "hold",
-        "holds",
-        "stand",
-        "stands",
-        "run",
-        "runs",
-        "walk",
-        "walks",
-        "sit",
-        "sits",
-        "move",
-    ]
-)
+_VERB_LINE = "look looks show shows contain contains hold holds stand stands run runs walk walks sit sits move"
+_VERBS = frozenset(_VERB_LINE.split())
 
 
 def tag_words(words: Sequence[str]) -> list[str]:
@@ -293,8 +200,8 @@ def grammar(text: str, nlp: Any = None) -> Grammar:
     """
     if nlp is not None:
         document = list(nlp(text))
-        tags = [{"NOUN": "noun", "PROPN": "noun", "VERB": "verb", "ADJ": "adjective", "ADP": "adposition"}.get(t.pos_, "other")
-                for t in document]  # fmt: skip
+        kinds = {"NOUN": "noun", "PROPN": "noun", "VERB": "verb", "ADJ": "adjective", "ADP": "adposition"}
+        tags = [kinds.get(token.pos_, "other") for token in document]
         depth = max((1 + len(list(token.ancestors)) for token in document), default=0)
         n = len(document)
     else:
@@ -321,7 +228,7 @@ def spacy_words(model: str = "en_core_web_sm") -> Callable[[str], list[str]]:
         nlp = spacy.load(model, disable=["parser", "ner", "lemmatizer", "tagger"])
     except (ImportError, OSError) as error:
         raise MissingExtra(
-            f"spaCy with {model} is not installed. Install it with: pip install spacy && python -m spacy download {model}; "
-            "or leave the splitter out: the one of this module needs nothing"
+            f"spaCy with {model} is not installed. Install it with: pip install spacy; python -m spacy download {model}"
+            "; or leave the splitter out: the one of this module needs nothing"
         ) from error
     return lambda text: [token.text.lower() for token in nlp(text) if not token.is_space]

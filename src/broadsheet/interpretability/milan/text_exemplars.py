@@ -32,7 +32,7 @@ def text_exemplars(
 
     Args:
         model: a Hugging Face language model, or any module with a registered block map.
-        features: SAE latents, SNMF factors, codes, neurons: anything that is a :class:`~broadsheet.nn.features.Feature`.
+        features: SAE latents, SNMF factors, codes, neurons: any :class:`~broadsheet.nn.features.Feature`.
         batches: ids ``[batch, time]``, or pairs of them and attention masks; gone through once for each feature.
         k: excerpts of each.
         window: tokens shown on either side of the most active one.
@@ -65,9 +65,8 @@ def text_exemplars(
             rows.append(torch.stack(vectors))
             names.append(feature.name or f"{feature.site}, feature {number}")
             alive.append(float(found.activation[0]) > 0)
-            shown = [
-                tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids)) for ids in found.token_ids
-            ]
+            write = tokenizer.decode if tokenizer is not None else lambda ids: " ".join(map(str, ids))
+            shown = [write(ids) for ids in found.token_ids]
             excerpts.append(tuple(shown))
             task.advance()
     return VectorExemplars(torch.stack(rows), tuple(names), None, torch.tensor(alive), tuple(excerpts))
@@ -92,7 +91,7 @@ def _reader(model: nn.Module, tokens: Tensor | str | None) -> Any:
     if tokens is None:
         if not hasattr(model, "get_input_embeddings"):
             raise InvalidInput(
-                f"{type(model).__name__} has no get_input_embeddings(): hand in tokens=, a table [vocab, d] or a component"
+                f"{type(model).__name__} has no get_input_embeddings(): hand in tokens=, a table or a component"
             )
         tokens = model.get_input_embeddings().weight  # type: ignore[operator]  # as every Hugging Face model has
     assert isinstance(tokens, Tensor)
