@@ -70,3 +70,16 @@ def test_the_peak_is_kept_when_the_work_fails():
         1 / 0  # noqa: B018
     assert watch.rise_mib > 90
     assert watch not in PeakMemory._open
+
+
+@exact
+def test_freed_memory_does_not_count_where_it_goes_back_at_once():
+    def one_after_another():
+        return [float(torch.ones(2**18)[0]) for _ in range(200)]  # 1 MiB each, none kept
+
+    def growing():  # what is kept counts as before
+        return [torch.ones(2**18) for _ in range(60)]
+
+    with memory.freed_at_once():
+        assert peak(one_after_another)[1] < 6
+        assert peak(growing)[1] > 55

@@ -1,8 +1,8 @@
 """Hold neurons at a value while the model runs or generates, to see whether it then speaks of their words.
 
-A gated MLP computes ``down(act(gate(x)) * up(x))``. ``post`` is the product, the value that the neuron writes; ``up`` and
-``gate`` are its factors, ``add`` leaves the neuron alone and adds what it would write at that value. A clamp at ``up``
-does next to nothing where the gate is closed, hence ``post`` by default.
+A gated MLP computes ``down(act(gate(x)) * up(x))``. ``post`` is the product, the value that the neuron writes; ``up``
+and ``gate`` are its factors, ``add`` leaves the neuron alone and adds what it would write at that value. A clamp at
+``up`` does next to nothing where the gate is closed, hence ``post`` by default.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def clamp(
     *,
     mlp_map: Mapping[str, str] | None = None,
 ) -> Iterator[nn.Module]:
-    """Hold neurons at values inside the block: logits, ``generate`` and :func:`probability_of` are then the clamped ones.
+    """Hold neurons at values inside the block: logits, ``generate``, :func:`probability_of` are then the clamped ones.
 
     Args:
         model: a causal language model in memory; its hooks are removed on every way out.
@@ -87,8 +87,8 @@ def clamp(
     silent = [edit.name for edit in edits.values() if isinstance(edit, _Edit) and not edit.calls]
     if clock.passes and silent:
         raise UnsupportedModel(
-            f"{silent[0]!r} was never called though the model ran: a fused or compiled path goes around it, and nothing "
-            "was clamped. Load the model with plain modules (attn_implementation='eager', no compile)"
+            f"{silent[0]!r} was never called though the model ran: a fused or compiled path goes around it, and "
+            "nothing was clamped. Load the model with plain modules (attn_implementation='eager', no compile)"
         )
 
 

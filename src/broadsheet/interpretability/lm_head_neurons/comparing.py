@@ -104,14 +104,14 @@ def compare(map_a: NeuronMap, map_b: NeuronMap, topk: int | None = None) -> MapC
     ):
         if left != right:
             raise InvalidInput(
-                f"the maps differ in {name}: {left!r} and {right!r}. Compare models of one shape and vocabulary, decoded "
-                "with the same settings"
+                f"the maps differ in {name}: {left!r} and {right!r}. Compare models of one shape and vocabulary, "
+                "decoded with the same settings"
             )
     if map_a.words is not None and map_b.words is not None and map_a.words != map_b.words:
         at = next(i for i, (x, y) in enumerate(zip(map_a.words, map_b.words, strict=True)) if x != y)
         raise InvalidInput(
-            f"the maps differ in their words: token {at} is {map_a.words[at]!r} and {map_b.words[at]!r}. Decode both with "
-            "the same tokenizer"
+            f"the maps differ in their words: token {at} is {map_a.words[at]!r} and {map_b.words[at]!r}. Decode both "
+            "with the same tokenizer"
         )
     most = min(map_a.tokens.shape[-1], map_b.tokens.shape[-1])
     k = most if topk is None else topk

@@ -30,7 +30,7 @@ from broadsheet.nn.vocabulary import VocabularyRanking, rank_vocabulary
 
 Which = Literal["up", "gate", "down"]
 How = Literal["none", "final", "unit"]
-ROWS = 4096
+ROWS = 512
 
 
 def decode_neurons(
@@ -44,7 +44,7 @@ def decode_neurons(
     topk: int = 10,
     expert: Expert = None,
     fold_norm: bool = False,
-    orient: Literal["none", "write"] = "none",
+    orient: Literal["none", "gate"] = "none",
     exclude: Sequence[int] | Int[Tensor, " e"] = (),
     exclude_padding: bool = True,
     head: Any = None,
@@ -74,8 +74,9 @@ def decode_neurons(
         expert: of a mixture of experts: a number, or ``"shared"``. :func:`decode_experts` gives all.
         fold_norm: multiply by the gain of the norm before the MLP: what the neuron multiplies with the residual stream
             itself.
-        orient: ``"write"`` turns what a neuron reads so that it agrees with what it writes. In a gated MLP the sign of
-            (up, down) together is arbitrary; turned labels do not depend on it.
+        orient: ``"gate"`` turns a neuron's up and down weights so that what opens its gate raises its up-projection. In
+            a gated MLP the sign of (up, down) together is arbitrary, and so are raw labels; turned ones do not depend
+            on it.
         exclude: token ids that do not count, such as ``tokenizer.all_special_ids``.
         exclude_padding: leave out rows of the head that are zero.
         head: another output matrix ``[V, D]``, a linear layer, or the name of a tensor of the model.
@@ -110,6 +111,10 @@ def decode_neurons(
     mlps = layout.chosen(layers, expert)
     for layer, mlp in mlps.items():
         mlp.matrix(weights, f"layer {layer}")
+        if orient == "gate" and mlp.gate is None:
+            raise InvalidInput(
+                f"orient='gate': the MLP of layer {layer} has no gate, so the sign of its neurons is no choice"
+            )
     place = source.device if device is None else torch.device(device)
     unembed = Unembedding.of(layout, head, place)
     left_out = _left_out(unembed.matrix, exclude, exclude_padding, tokenizer)
@@ -125,7 +130,7 @@ def decode_neurons(
         if part is None:
             gain = layout.mlp_norm(layer) if fold_norm else None
             part = _decode_layer(
-                source, mlp, weights, unembed, _Directions(norm, final, gain, orient, place),
+                source, mlp, weights, orient == "gate", unembed, _Directions(norm, final, gain, place),
                 k=topk, temperature=temperature, exclude=left_out, dtype=dtype, block_directions=block_neurons,
                 block_vocabulary=block_vocabulary, progress=_Named(progress, f"layer {layer}"),
             )  # fmt: skip
@@ -191,7 +196,7 @@ def decode_directions(
     layout = Layout(source)
     unembed = Unembedding.of(layout, head, directions.device)
     final = layout.final_norm() if norm == "final" else None
-    ready = _Directions(norm, final, None, "none", directions.device)(directions)
+    ready = _Directions(norm, final, None, directions.device)(directions)
     return unembed.rank(
         ready, k=topk, temperature=temperature, dtype=dtype,
         exclude=_left_out(unembed.matrix, exclude, exclude_padding, None),
@@ -256,16 +261,15 @@ class _Directions:
     norm: str
     final: Norm | None
     before: Norm | None
-    orient: str
     device: torch.device
 
-    def __call__(self, rows: Tensor, agreement: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: Tensor, turned: Tensor | None = None) -> Tensor:
         rows = rows.to(self.device)
-        if self.norm == "none" and self.before is None and self.orient == "none":
+        if self.norm == "none" and self.before is None and turned is None:
             return rows
         x = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if self.orient == "write" and agreement is not None:
-            x = torch.where((agreement < 0)[:, None], -x, x)
+        if turned is not None:
+            x = torch.where(turned[:, None], -x, x)
         if self.before is not None:  # the norm's own centring belongs to what the neuron reads
             gain = self.before.gain
             x = self.before.centre(x if gain is None else x * gain.to(x))
@@ -284,18 +288,20 @@ def _like(part: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _decode_layer(
-    source: Weights, mlp: MLPMatrices, which: str, unembed: Unembedding, prepare: _Directions, **how: Any
+    source: Weights, mlp: MLPMatrices, which: str, orient: bool, unembed: Unembedding, prepare: _Directions, **how: Any
 ) -> dict[str, Tensor]:
     rows = mlp.matrix(which, "").read(source).to(prepare.device)
     other = mlp.up if which == "down" else mlp.down
     partner = None if other is None else other.read(source).to(prepare.device)
     agreement = rows.new_full((len(rows),), torch.nan, dtype=torch.promote_types(rows.dtype, torch.float32))
     if partner is not None:
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            a, b = rows[part].to(agreement), partner[part].to(agreement)
-            agreement[part] = torch.cosine_similarity(a, b, dim=1)
-    ranking = unembed.rank(prepare(rows, agreement), **how)
+        agreement = _cosines(rows, partner)
+    turned = None
+    if orient and which != "gate" and mlp.gate is not None:
+        up = rows if which == "up" else partner
+        assert up is not None
+        turned = _cosines(up, mlp.gate.read(source).to(prepare.device)) < 0
+    ranking = unembed.rank(prepare(rows, turned), **how)
     writes = rows if which == "down" else partner
     write_logit = torch.full_like(agreement, torch.nan)
     if writes is not None:
@@ -308,11 +314,18 @@ def _decode_layer(
     }  # fmt: skip
 
 
+def _cosines(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Of each pair of rows, in float32 at least."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    parts = zip(a.split(ROWS), b.split(ROWS), strict=True)
+    return torch.cat([torch.cosine_similarity(x.to(dtype), y.to(dtype), dim=1) for x, y in parts])
+
+
 def _check_options(weights: str, norm: str, orient: str, topk: int) -> None:
     for name, value, known in (
         ("weights", weights, ("up", "gate", "down")),
         ("norm", norm, ("none", "final", "unit")),
-        ("orient", orient, ("none", "write")),
+        ("orient", orient, ("none", "gate")),
     ):
         if value not in known:
             raise InvalidInput(f"{name}={value!r}: expected {', '.join(map(repr, known))}")

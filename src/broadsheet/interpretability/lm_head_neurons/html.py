@@ -36,7 +36,7 @@ def map_page(found: "NeuronMap", title: str, limit: int | None, k: int) -> str:
     about = (
         f"{shown} neurons of {found.n_layers} layers, by the words that their {found.weights} weights point at through "
         f"the output head (norm: {found.norm}{', input norm folded' * found.fold_norm}"
-        f"{', oriented by what they write' * (found.orient == 'write')}; temperature {found.temperature:g}; "
+        f"{', oriented by the gate' * (found.orient == 'gate')}; temperature {found.temperature:g}; "
         f"{found.vocab_size:,} words)."
     )
     layers = found.by_layer()
@@ -58,6 +58,6 @@ def map_page(found: "NeuronMap", title: str, limit: int | None, k: int) -> str:
     # "</script>" in a word would end the data.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    page = files("broadsheet.interpretability.lm_head_neurons").joinpath("page.html").read_text(encoding="utf-8")
     before, after = page.replace("%TITLE%", html.escape(title)).split("%DATA%")
     return before + text + after

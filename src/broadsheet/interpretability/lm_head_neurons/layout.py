@@ -230,7 +230,7 @@ class Layout:
         name = name or (tables[0] if tied and tables else None)
         if name is None:
             raise UnsupportedModel(
-                f"{weights.about}: no unembedding found; pass head= (a matrix [V, {self.d_model}], or the name of one), "
+                f"{weights.about}: no unembedding found; pass head= (a matrix [V, {self.d_model}], or the name of one) "
                 "or load the model with its language modelling head"
             )
         return self._headed(name)
@@ -271,7 +271,7 @@ class Layout:
         return self.weights.shape(name)[1]
 
     def _find(self, mlp_map: Mapping[str, str] | None) -> dict[tuple[str, int, Expert], tuple[str, str | None, str]]:
-        patterns: list[tuple[str, str | None, str, Expert]] = []
+        patterns: list[Any] = []
         if mlp_map is not None:
             if not {"up", "down"} <= set(mlp_map) <= {"up", "down", "gate"} or "{layer}" not in mlp_map["up"]:
                 raise InvalidInput(
@@ -371,6 +371,6 @@ class Layout:
         linear = [n.removesuffix(".weight") for n in names if n.endswith(".weight") and len(self.weights.shape(n)) == 2]
         shown = ", ".join(linear[:12]) or "none"
         return (
-            f"{self.weights.about}: no MLP found by name. Its linear modules: {shown}{', ...' * (len(linear) > 12)}. Say "
-            'which are which: mlp_map={"up": "....{layer}....", "down": "....{layer}....", "gate": ...}'
+            f"{self.weights.about}: no MLP found by name. Its linear modules: {shown}{', ...' * (len(linear) > 12)}. "
+            'Say which are which: mlp_map={"up": "....{layer}....", "down": "....{layer}....", "gate": ...}'
         )

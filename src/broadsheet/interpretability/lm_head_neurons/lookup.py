@@ -84,7 +84,7 @@ def nearest_neurons(
         raise InvalidInput(
             f"vector of shape {tuple(vector.shape)}: expected {layout.d_model} finite values, not all zero"
         )
-    best = pd.DataFrame()
+    best: Any = pd.DataFrame()
     mlps = layout.chosen(layers, expert)
     with progress.task("neurons", len(mlps)) as task:
         for layer, mlp in mlps.items():

@@ -223,14 +223,14 @@ class NeuronMap:
         layers = torch.arange(self.n_layers).repeat_interleave(self.width)
         return self._frame(layers, torch.arange(self.width).repeat(self.n_layers), k)
 
-    def _table(self, row: Tensor, neurons: Tensor) -> pd.DataFrame:
+    def _table(self, row: Tensor, neurons: Tensor) -> Any:
         layer = np.array(self.layers)[row.cpu().numpy()]
         which = neurons.cpu().numpy()
         sign = self.clamp_sign[row, neurons].cpu().numpy().astype(int)
         names = [f"layers.{a}.mlp.neuron.{b}" for a, b in zip(layer, which, strict=True)]
         return pd.DataFrame({"layer": layer, "neuron": which, "clamp_sign": sign, "name": names})
 
-    def _frame(self, row: Tensor, neurons: Tensor, k: int = 5) -> pd.DataFrame:
+    def _frame(self, row: Tensor, neurons: Tensor, k: int = 5) -> Any:
         table = self._table(row, neurons)
         table["token_id"] = self.tokens[row, neurons, 0].cpu().numpy()
         table["word"] = [self.word(int(i)) for i in table["token_id"]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from broadsheet.errors import CheckpointError, DataMissing, InvalidInput, UnsupportedModel
 from broadsheet.nn.shards import Shards
 
-ROWS = 4096  # read at a time: a file's pages that have been touched count as memory until it is closed
+PART = 2**23  # bytes read at a time: what has been read of a file counts as memory until it is closed
 LOADABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -74,7 +74,7 @@ class ModelWeights(Weights):
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.about = model, type(model).__name__
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         self.config = _flat(config.to_dict() if hasattr(config, "to_dict") else {})
         self._modules = dict(model.named_modules(remove_duplicate=False))
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -101,8 +101,8 @@ class ModelWeights(Weights):
         tensor = self._tensors[name].detach()
         if tensor.is_meta:
             raise InvalidInput(
-                f"{self.about}: {name} has no values (meta device, or offloaded). Load the model without device_map, or "
-                "hand in the folder of its safetensors files: they are read layer by layer"
+                f"{self.about}: {name} has no values (meta device, or offloaded). Load the model without device_map, "
+                "or hand in the folder of its safetensors files: they are read layer by layer"
             )
         _check_dtype(self.about, name, tensor.dtype)
         module = self._modules[self.module(name)]
@@ -157,7 +157,7 @@ class FileWeights(Weights):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         shape = self.shape(name)
         start, stop, _ = (rows or slice(None)).indices(shape[0])
-        step = ROWS if len(shape) == 2 else 1
+        step = max(1, PART // (4 * max(1, math.prod(shape[1:]))))
         out: Tensor | None = None
         for first in range(start, stop, step):
             last = min(first + step, stop)

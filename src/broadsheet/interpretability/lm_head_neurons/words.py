@@ -73,8 +73,9 @@ def word_ids(
         raise InvalidInput(f"word={word!r}: no token of the vocabulary stands for it or begins it")
     shown = " + ".join(repr(words[i]) for i in split)
     taken = split if pieces == "all" else split[:1]
+    stand = "all of them stand" if pieces == "all" else "the first stands"
     warnings.warn(
-        f"{word!r} is no single token but {shown}: {'all of them stand' if pieces == 'all' else 'the first stands'} for it",
+        f"{word!r} is no single token but {shown}: {stand} for it",
         SeveralTokens,
         stacklevel=3,
     )
