@@ -406,8 +406,8 @@ def _network_plate(records: list[dict], name: str, depth: str | None) -> Plate:
         ("etf", "simplex", COLOURS["baseline"]),
     ):
         _spread(axes[0, 1], steps, [r[key] for r in rows], colour, label)
-    axes[0, 1].set(xscale="log", xlabel="step", ylabel="distance", ylim=(0, None), title="the head's Gram matrix")
-    axes[0, 1].legend(fontsize=8, loc="lower center")
+    axes[0, 1].set(xscale="log", xlabel="step", ylabel="distance", ylim=(0, 0.6), title="the head's Gram matrix")
+    axes[0, 1].legend(fontsize=8, loc="upper left")
     what = "imbalanced digits" if name == "digits" else "an imbalanced part of CIFAR-10"
     return Plate(
         f"network-{name}",
