@@ -114,11 +114,11 @@ class MultipleChoiceSet:
             not one token, with its pieces and a template that works.
     """
 
-    questions: tuple[Question, ...]
+    questions: Sequence[Question]
     tokenizer: Any
     labels: Any = "ABCD"
     template: ChoiceTemplate | str = "brackets"
-    shots: tuple[Question, ...] = ()
+    shots: Sequence[Question] = ()
     padding_side: str = "right"
 
     def __post_init__(self) -> None:
@@ -277,7 +277,7 @@ class MultipleChoiceSet:
                 )
         return replace(self, questions=tuple(chosen))
 
-    def select(self, rows: Iterable[int]) -> "MultipleChoiceSet":
+    def select(self, rows: Iterable[int] | torch.Tensor) -> "MultipleChoiceSet":
         """Some of the questions, by their numbers (a mask of truth values works, too)."""
         rows = list(rows)
         if len(rows) == len(self) and all(_truth(x) for x in rows):
