@@ -545,7 +545,7 @@ def _draw_own(record: dict) -> Plate:
     axes[1].set_title("Letter heads in three dimensions")
     axes[1].legend(loc="upper right", ncols=2)
     caption = (
-        f"The user's model ({record['accuracy']:.0%} of the questions right): accuracy against the number of parts that "
-        "act directly, and with its correct-letter heads squeezed to three dimensions."
+        f"The user's model ({record['accuracy']:.0%} of the questions right): accuracy against the number of parts "
+        "that act directly, and with its correct-letter heads squeezed to three dimensions."
     )
     return Plate("own-model", figure, caption)

@@ -95,15 +95,22 @@ def direct_total(
     for kind, colour, label in (("head", COLOURS["ours"], "heads"), ("mlp", COLOURS["baseline"], "MLPs")):
         rows = [i for i, name in enumerate(nodes) if ("attn" in name) == (kind == "head")]
         ax.scatter([direct[i] for i in rows], [total[i] for i in rows], s=28, color=colour, label=label, zorder=3)
-    for i in np.argsort(-np.asarray(direct, dtype=float))[:named]:
+    # Names in a column of their own, far enough apart to be read, each tied to its point.
+    chosen = set(np.argsort(-np.asarray(direct, dtype=float))[:named].tolist()) | {int(np.argmax(total))}
+    left, right = min([*direct, 0.0]), max([*direct, 0.0])
+    span, at, column = right - left or 1.0, -np.inf, right + 0.14 * (right - left or 1.0)
+    for i in sorted(chosen, key=lambda i: (total[i], direct[i])):
+        at = max(total[i], at + 0.06 * (max(total) - min([*total, 0.0]) or 1.0))
         ax.annotate(
-            short(nodes[i]) if "neuron" not in nodes[i] else nodes[i], (direct[i], total[i]), xytext=(5, -9),
-            textcoords="offset points", fontsize=8,
+            nodes[i] if "neuron" in nodes[i] else short(nodes[i]), (direct[i], total[i]), xytext=(column, at),
+            fontsize=8, va="center", arrowprops={"arrowstyle": "-", "color": COLOURS["paper"], "linewidth": 0.6},
         )  # fmt: skip
+    ax.set_xlim(left - 0.08 * span, right + 0.32 * span)
+    ax.set_ylim(min([*total, 0.0]) - pad, max([*total, at]) + pad)
     ax.axhline(0, color=COLOURS["light"], linewidth=0.8)
     ax.axvline(0, color=COLOURS["light"], linewidth=0.8)
     ax.set(xlabel="direct effect", ylabel="total effect")
-    ax.legend(loc="upper left")
+    ax.legend(loc="center left")
     return ax
 
 
