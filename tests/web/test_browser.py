@@ -82,11 +82,14 @@ def test_axe_finds_nothing(window, scheme):
     assert not [text for text in page.complaints if "404" not in text]
 
 
-def test_nothing_is_wider_than_a_phone(window):
-    page = window(viewport={"width": 390, "height": 844})
-    for path in PAGES:
+@pytest.mark.parametrize("width", [320, 390, 650, 830, 1000])  # 320: WCAG 1.4.10
+def test_no_page_is_wider_than_its_window(window, paper, width):
+    long = "https://example.org/" + "a-very-long-address" * 20
+    wide = paper("9901.00777", title=f"Nothing but {'m' * 200}", abstract=f"Code: {long}, ${' + '.join('x' * 90)}$.")
+    page = window(viewport={"width": width, "height": 844})
+    for path in [*PAGES, f"/papers/{wide}"]:
         page.goto(path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
 
 
 def test_a_phone_shows_all_sections_and_letters_that_can_be_read(window):
