@@ -30,6 +30,6 @@ __getattr__, __dir__, __all__ = attach(
         "layers": ["as_maps"],
         "metrics": ["bleu"],
         "text": ["Grammar", "Vocabulary", "grammar", "spacy_words", "split_words", "tag_words"],
-        "text_exemplars": ["text_exemplars"],
+        "excerpts": ["text_exemplars"],
     },
 )  # fmt: skip

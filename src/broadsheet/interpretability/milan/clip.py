@@ -19,7 +19,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def rerank_with_clip(
-    descriptions: Descriptions, exemplars: Exemplars, similarity: Similarity, lam: float = 0.5
+    descriptions: Descriptions, exemplars: Exemplars, similarity: Similarity, lam: float | int = 0.5
 ) -> Descriptions:
     """Choose each unit's sentence by ``(1 - lam) * fit to the active regions + lam * fit to the whole pictures``.
 

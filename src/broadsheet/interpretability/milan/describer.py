@@ -46,7 +46,7 @@ class PMITerms:
     log_likelihood: Float[Tensor, " n"]
     log_prior: Float[Tensor, " n"]
 
-    def pmi(self, temperature: float = 1.0) -> Float[Tensor, " n"]:
+    def pmi(self, temperature: float | int = 1.0) -> Float[Tensor, " n"]:
         """``log p(d|E) - temperature * log p(d)``; with 1 the pointwise mutual information, nats."""
         return self.log_likelihood - temperature * self.log_prior
 
@@ -113,13 +113,13 @@ class Describer(nn.Module, PyTorchModelHubMixin):
         encoder: nn.Module | None = None,
         vocabulary: Vocabulary | None = None,
         lm: SentenceLM | None = None,
-        held_out: float = 0.05,
+        held_out: float | int = 0.05,
         epochs: int = 100,
         batch: int = 64,
         lr: float = 1e-3,
-        weight_decay: float = 1e-2,
+        weight_decay: float | int = 1e-2,
         patience: int = 4,
-        evenness: float = 1.0,
+        evenness: float | int = 1.0,
         count_padding: bool = False,
         watch: str = "bleu",
         restore: str = "best",
@@ -203,7 +203,7 @@ class Describer(nn.Module, PyTorchModelHubMixin):
 
     def _train_decoder(
         self, seen: VectorExemplars, sentences: list[list[str]], trained: list[int], watched: list[int], *,
-        epochs: int, batch: int, lr: float, weight_decay: float, patience: int, evenness: float, count_padding: bool,
+        epochs: int, batch: int, lr: float, weight_decay: float | int, patience: int, evenness: float | int, count_padding: bool,
         watch: str, restore: bool, seed: int, progress: Progress, checkpoint: Path | None,
     ) -> None:  # fmt: skip
         vectors = seen.vectors.to(self.device)
@@ -256,7 +256,7 @@ class Describer(nn.Module, PyTorchModelHubMixin):
         self,
         exemplars: Exemplars | VectorExemplars | Float[Tensor, "units k d"],
         strategy: str = "rerank",
-        temperature: float = 0.2,
+        temperature: float | int = 0.2,
         beam_size: int = 50,
         *,
         units_at_once: int = 64,
@@ -299,7 +299,9 @@ class Describer(nn.Module, PyTorchModelHubMixin):
             seen.names, seen.units, alive.cpu(), beam, likelihood, prior, finished, float(weight), chosen, attention
         )
 
-    def _weigh(self, vectors: Tensor, width: int, stepwise: float | None, temperature: float) -> tuple[Any, ...]:
+    def _weigh(
+        self, vectors: Tensor, width: int, stepwise: float | int | None, temperature: float | int
+    ) -> tuple[Any, ...]:
         """Search, then both terms of every sentence found."""
         beams = self._search(vectors, width, stepwise)
         n, kept, time = beams.tokens.shape
@@ -326,7 +328,7 @@ class Describer(nn.Module, PyTorchModelHubMixin):
         texts = [tuple(self.vocabulary.decode(row) for row in unit) for unit in beams.tokens.tolist()]
         return logp.cpu(), prior.cpu(), beams.finished.cpu(), chosen.cpu(), texts, attention
 
-    def _search(self, vectors: Tensor, width: int, stepwise: float | None = None) -> Beams:
+    def _search(self, vectors: Tensor, width: int, stepwise: float | int | None = None) -> Beams:
         looked = self.decoder.look(vectors)
         words = self.vocabulary
         never = [words.start, words.pad, words.unknown]

@@ -106,7 +106,7 @@ class Descriptions:
             float(self.log_prior[i, best]), table, self.attention[i],
         )  # fmt: skip
 
-    def reranked(self, temperature: float) -> "Descriptions":
+    def reranked(self, temperature: float | int) -> "Descriptions":
         """The same beams weighed anew: ``log p(d|E) - temperature * log p(d)``; no model is needed.
 
         Args:
@@ -187,7 +187,7 @@ def best_of(
     log_likelihood: Float[Tensor, "units beam"],
     log_prior: Float[Tensor, "units beam"],
     finished: Bool[Tensor, "units beam"],
-    temperature: float,
+    temperature: float | int,
 ) -> Int[Tensor, " units"]:
     """Which sentence of each beam has the largest ``log p(d|E) - temperature * log p(d)`` (equation 3).
 

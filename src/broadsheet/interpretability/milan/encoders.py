@@ -98,9 +98,7 @@ class PyramidEncoder(nn.Module):
         self.std: Tensor | None
 
     @torch.no_grad()
-    def forward(
-        self, images: Float[Tensor, "n 3 height width"], masks: Tensor | None = None
-    ) -> Float[Tensor, "n width"]:
+    def forward(self, images: Float[Tensor, "n 3 height width"], masks: Tensor | None = None) -> Float[Tensor, "n d"]:
         """The vector of every picture.
 
         Args:
@@ -144,7 +142,7 @@ class SpatialEncoder(PyramidEncoder):
     @torch.no_grad()
     def forward(
         self, images: Float[Tensor, "n 3 height width"], masks: Tensor | None = None
-    ) -> Float[Tensor, "n places width"]:
+    ) -> Float[Tensor, "n places d"]:
         """The vectors of every picture; arguments as in :class:`PyramidEncoder`."""
         weights = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
         (found,) = self.maps(images)
