@@ -63,7 +63,12 @@ def test_stamps_write_in_the_corner_only() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"size": 9}, "size=9"), ({"colours": ("mauve",)}, "mauve"), ({"filled": 2.0}, "filled=2"), ({"shapes": ()}, "nothing")],
+    [
+        ({"size": 9}, "size=9"),
+        ({"colours": ("mauve",)}, "mauve"),
+        ({"filled": 2.0}, "filled=2"),
+        ({"shapes": ()}, "nothing"),
+    ],
 )
 def test_wrong_worlds_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
@@ -74,7 +79,7 @@ def test_unknown_words_and_digits_are_refused() -> None:
     scenes = ImageWorld().sample(2)
     with pytest.raises(InvalidInput, match="mauve"):
         scenes.where("mauve")
-    with pytest.raises(InvalidInput, match="0 to|-1 to 9"):
+    with pytest.raises(InvalidInput, match="-1 to 9"):
         stamp(scenes.images, np.array([10, 0]))
     with pytest.raises(InvalidInput, match="grid=7"):
         detector_maps(made_detectors(2), scenes, grid=7)

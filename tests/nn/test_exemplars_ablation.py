@@ -159,7 +159,9 @@ def test_ablation_says_what_is_wrong() -> None:
         pass
     with pytest.raises(InvalidInput, match="count 3"):
         ablation_curve(model, lambda _: 0.0, [("0", 0)], [3])
-    sums = ablation_curve(model, lambda m: float(m(torch.ones(1, 3, 3, 3)).abs().sum()), [("0", i) for i in range(4)], range(5))
+    sums = ablation_curve(
+        model, lambda m: float(m(torch.ones(1, 3, 3, 3)).abs().sum()), [("0", i) for i in range(4)], range(5)
+    )
     assert sums[-1] == 0 and sums == sorted(sums, reverse=True)
 
 
@@ -172,7 +174,12 @@ def overshooting(**how):
     nn.init.zeros_(model.weight)
     keeper = BestWeights(lambda net: -abs(float(net.weight) - 3), every=1, patience=2)
     report = keeper.fit(
-        model, lambda net, _: -net.weight.sum(), [0], steps=20, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), **how
+        model,
+        lambda net, _: -net.weight.sum(),
+        [0],
+        steps=20,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        **how,
     )
     return model, keeper, report
 

@@ -69,7 +69,5 @@ def load_milannotations(root: str | Path, source: str) -> list[AnnotatedLayer]:
         grouped = {int(unit): tuple(map(str, texts)) for unit, texts in part.groupby("unit")["summary"]}
         if wrong := [unit for unit in grouped if not 0 <= unit < len(images)]:
             raise InvalidInput(f"{table}: unit {wrong[0]} of layer {layer}, which has {len(images)} units")
-        found.append(
-            AnnotatedLayer(source, str(layer), tuple(grouped), images, masks, tuple(grouped.values()))
-        )
+        found.append(AnnotatedLayer(source, str(layer), tuple(grouped), images, masks, tuple(grouped.values())))
     return found

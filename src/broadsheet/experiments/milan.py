@@ -1,6 +1,6 @@
 """MILAN, measured: made units of known meaning, and classifiers that learned to read a digit in the corner.
 
-``small`` needs no data: pictures of coloured shapes, 640 made detectors with sentences of three people each, a describer
+``small`` needs no data: pictures of coloured shapes, made detectors with sentences of three people each, a describer
 trained on three quarters of them, and three small classifiers (no digits, digits on half, digits on all training
 pictures) whose own units are described, audited and switched off. ``full`` adds a describer trained on MILANNOTATIONS
 with a backbone of the user's, tested on units of a network that it has not seen.
@@ -55,7 +55,7 @@ K = 5
 BEAM = 10
 LAMBDAS = (0.0, 0.1, 0.2, 0.4, 0.8)
 LAMBDA = 0.2
-ENCODER: dict[str, Any] = {"epochs": 6, "batch": 32, "lr": 5e-3}
+ENCODER: dict[str, Any] = {"epochs": 5, "batch": 32, "lr": 5e-3}
 DESCRIBER: dict[str, Any] = {
     "hidden": 80, "embedding": 32, "dropout": 0.3, "epochs": 16, "batch": 128, "lr": 8e-3, "patience": 4,
     "held_out": 0.1, "lm_sizes": {"hidden": 40, "embedding": 32, "layers": 1, "epochs": 8, "lr": 1e-2},
@@ -162,7 +162,8 @@ class _Made:
         silent = exemplars_from_maps(torch.ones(SCENES, 10, GRID, GRID), torch.from_numpy(self.scenes.images), k=K)
         dead = encode(self.encoder, silent)
         alive = self.vectors[rows]
-        assert alive.alive is not None and dead.alive is not None
+        assert alive.alive is not None
+        assert dead.alive is not None
         both = VectorExemplars(
             torch.cat([alive.vectors, dead.vectors]), (*alive.names, *dead.names),
             alive=torch.cat([alive.alive, dead.alive]),
@@ -194,7 +195,8 @@ class _Made:
         strong = score(found.reranked(tuned).texts[:n])
         ctx.measure(
             "chosen-weight-beats-netdissect", ours=strong["f1_compound"],
-            baseline=scores([frozenset(x.concepts) for x in labels["NetDissect"]], truth)["f1_compound"], temperature=tuned,
+            baseline=scores([frozenset(x.concepts) for x in labels["NetDissect"]], truth)["f1_compound"],
+            temperature=tuned,
         )  # fmt: skip
         methods = {
             "MILAN": ours,
@@ -219,7 +221,8 @@ class _Made:
         self.constant = constant
         likeliest = found.reranked(0.0).texts
         changed = [i for i in range(n) if likeliest[i] != found.texts[i]]
-        best = next(iter(changed), 0)
+        telling = [i for i in changed if named_attributes(found.texts[i]) and not named_attributes(likeliest[i])]
+        best = next(iter([*telling, *changed]), 0)
         beam = found[best].beam.head(8)
         shown = self.exemplars[[rows[i] for i in range(SHOWN)]]
         self.record = {
@@ -227,11 +230,12 @@ class _Made:
             "methods": methods,
             "constant": constant,
             "beam": {
-                "truth": sorted(truth[best]), "texts": beam["text"].tolist(), "likelihood": beam["log_likelihood"].tolist(),
+                "truth": sorted(truth[best]), "texts": beam["text"].tolist(),
+                "likelihood": beam["log_likelihood"].tolist(),
                 "prior": beam["log_prior"].tolist(),
             },
             "grid": pack(shown) | {
-                "texts": list(found.texts[:SHOWN]), "likely": list(likeliest[:SHOWN]),
+                "texts": list(found.reranked(tuned).texts[:SHOWN]), "likely": list(likeliest[:SHOWN]), "weight": tuned,
                 "truth": [sorted(truth[i]) for i in range(SHOWN)],
             },
             "labels": [x.formula for x in labels["compositional"][:SHOWN]],
@@ -407,7 +411,8 @@ def _importance(ctx: Context, model: nn.Module, val: Any, found: Descriptions) -
 
 def _edited(ctx: Context, model: nn.Module, found: Descriptions, val: Any, tests: Any, share: float) -> dict[str, Any]:
     result = edit(
-        model, found, [GLYPH], val, tests, draws=RANDOM_SETS if share == 0.5 else 4, points=4, seed=ctx.seed, progress=ctx.progress,
+        model, found, [GLYPH], val, tests, draws=RANDOM_SETS if share == 0.5 else 4, points=4, seed=ctx.seed,
+        progress=ctx.progress,
     )  # fmt: skip
     random = result.random["wrong digit"]
     return {
@@ -471,17 +476,18 @@ def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple
 
 
 def _draw_made(record: dict) -> Plate:
-    figure, ax = _figure(9.4, 5.6)
+    figure, ax = _figure(9.4, 6.4)
     grid = record["grid"]
     words = [
-        f"“{text}”\ntruth: {', '.join(truth)}   without the prior: “{likely}”"
+        f"“{text}”\ntruth: {', '.join(truth)}\nwithout the prior: “{likely}”"
         for text, truth, likely in zip(grid["texts"], grid["truth"], grid["likely"], strict=True)
     ]
-    draw_grid(*unpack(grid), words, ax=ax)
+    draw_grid(*unpack(grid), words, ax=ax, lines=3)
     ax.set_title("Eight units that the describer has never seen")
     caption = (
-        "The five pictures that excite each made unit most, dimmed outside its mask; beneath them the sentence, what the "
-        "unit was made to answer to, and what the likeliest sentence would have been (first seed, first eight test units)."
+        "The five pictures that excite each made unit most, dimmed outside its mask; beneath them the sentence "
+        f"(λ = {grid['weight']:g}, the weight chosen on annotated units), what the unit was made to answer to, and the "
+        "likeliest sentence (first seed, first eight test units)."
     )
     return Plate("made-units", figure, caption)
 
@@ -501,7 +507,8 @@ def _draw_sweep(records: list[dict]) -> Plate:
     figure, axes = _figure(9.2, 3.7, 2)
     lams = [float(key) for key in records[0]["sweep"]]
     looks = {
-        "recall": ("attributes named", COLOURS["ours"]), "precision": ("named attributes that are true", COLOURS["baseline"]),
+        "recall": ("attributes named", COLOURS["ours"]),
+        "precision": ("named attributes that are true", COLOURS["baseline"]),
         "generic": ("sentences that name nothing", COLOURS["paper"]),
     }  # fmt: skip
     for key, (label, colour) in looks.items():
@@ -514,13 +521,15 @@ def _draw_sweep(records: list[dict]) -> Plate:
     points = np.array([[(row["recall"], row["precision"]) for row in r["sweep"].values()] for r in records]).mean(0)
     axes[1].plot(*points.T, color=COLOURS["ours"], marker="o", markersize=5, zorder=3)
     for lam, (x, y) in zip(lams, points, strict=True):
-        axes[1].annotate(f"λ = {lam:g}", (x, y), textcoords="offset points", xytext=(7, 5), fontsize=8.5)
+        axes[1].annotate(f"λ = {lam:g}", (x, y), textcoords="offset points", xytext=(8, 3), fontsize=8.5)
     for name, colour in (("NetDissect", COLOURS["baseline"]), ("compositional", COLOURS["accent"]),
                          ("nearest unit", COLOURS["good"])):  # fmt: skip
         rows = np.array([[r["methods"][name][key] for key in ("recall", "precision")] for r in records]).mean(0)
         axes[1].plot(*rows, marker="s", markersize=7, linestyle="none", color=colour)
-        axes[1].annotate(name, rows, textcoords="offset points", xytext=(8, -4), fontsize=8.5, color=colour)
-    axes[1].set(xlabel="attributes named", ylabel="named attributes that are true", xlim=(0, 1), ylim=(0, 1))
+        axes[1].annotate(
+            name, rows, textcoords="offset points", xytext=(0, -14), fontsize=8.5, color=colour, ha="center"
+        )
+    axes[1].set(xlabel="attributes named", ylabel="named attributes that are true", xlim=(0, 1.05), ylim=(0, 1.08))
     axes[1].set_title("Against labels from lists")
     caption = (
         "Left: what more weight on the prior does to the sentences of held-out units; bands span the seeds. Right: the "
@@ -543,8 +552,9 @@ def _draw_beam(beam: dict) -> Plate:
     ax.set_xlabel("nats")
     ax.grid(axis="x")
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
-    ax.set_title(f"A beam; the unit answers to: {', '.join(beam['truth'])}", x=-0.75)
+    ax.legend(loc="lower right")
+    title = f"A beam; the unit answers to {', '.join(beam['truth'])}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     caption = (
         "The best sentences of one unit's beam. Sentences that are common anyway gain little from the prior, rare ones "
         "much, and the order changes."
@@ -564,6 +574,8 @@ def _draw_methods(records: list[dict]) -> Plate:
         "MILAN, λ chosen",
     ]
     values = np.array([[r["methods"][name]["f1_compound"] for name in names] for r in records])
+    order = values.mean(0).argsort()
+    names, values = [names[i] for i in order], values[:, order]
     y = np.arange(len(names))
     colours = [COLOURS["ours"] if name.startswith("MILAN") else COLOURS["baseline"] for name in names]
     ax.barh(y, values.mean(0), color=colours, height=0.6)
@@ -605,9 +617,9 @@ def _draw_edit(records: list[dict]) -> Plate:
         ax.set(xlabel="units named “digits” switched off", ylim=(0, 1.02))
         ax.set_title(title)
     axes[0].set_ylabel("accuracy")
-    axes[1].legend(loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     caption = (
-        "Accuracy while the units whose sentence names a digit are switched off, the least harmful first; means over the "
+        "Accuracy while the units whose sentence names a digit are off, the least harmful first; means over the "
         "seeds (a seed with fewer such units keeps its last value), dots where validation pictures said to stop."
     )
     return Plate("repair", figure, caption)
@@ -621,7 +633,7 @@ def _draw_importance(records: list[dict]) -> Plate:
     random = np.concatenate([np.array(r["random"])[:, :n] for r in runs])
     ax.fill_between(x[:n], *np.quantile(random, [0.05, 0.95], axis=0), color=COLOURS["light"], linewidth=0,
                     label="random, 5 to 95 %")  # fmt: skip
-    for key, colour in zip(runs[0]["curves"], (COLOURS["ours"], COLOURS["baseline"], COLOURS["accent"], COLOURS["good"]),
+    for key, colour in zip(runs[0]["curves"], (COLOURS["ours"], COLOURS["baseline"], COLOURS["accent"]),
                            strict=False):  # fmt: skip
         label = {"n_adjectives": "most adjectives", "n_nouns": "most nouns", "n_adpositions": "most prepositions",
                  "length": "longest"}[key]  # fmt: skip

@@ -24,7 +24,10 @@ __getattr__, __dir__, __all__ = attach(
         "decoder": ["CaptionDecoder", "attention_penalty"],
         "describer": ["Describer", "PMITerms"],
         "descriptions": ["Description", "Descriptions"],
-        "encoders": ["IMAGENET_MEAN", "IMAGENET_STD", "PyramidEncoder", "SpatialEncoder", "VectorExemplars", "encode", "encode_pictures"],
+        "encoders": [
+            "IMAGENET_MEAN", "IMAGENET_STD", "PyramidEncoder", "SpatialEncoder", "VectorExemplars", "encode",
+            "encode_pictures",
+        ],
         "exemplars": ["Exemplars", "draw_grid", "exemplars_from_maps", "top_exemplars"],
         "language_model": ["SentenceLM"],
         "layers": ["as_maps"],

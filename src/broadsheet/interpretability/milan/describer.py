@@ -57,8 +57,8 @@ class Describer(nn.Module, PyTorchModelHubMixin):
     The encoder that turned pictures into vectors is not part of it: hand it in as ``encoder=`` and pictures may be
     given wherever vectors are.
 
-    After :meth:`fit`, ``history`` holds the score of each look at the held-out units, and ``best_weights`` the decoder's
-    weights at the best one.
+    After :meth:`fit`, ``history`` holds the score of each look at the held-out units, and ``best_weights`` the
+    decoder's weights at the best one.
 
     Args:
         words: of the vocabulary, the special ones first.
@@ -203,7 +203,8 @@ class Describer(nn.Module, PyTorchModelHubMixin):
 
     def _train_decoder(
         self, seen: VectorExemplars, sentences: list[list[str]], trained: list[int], watched: list[int], *,
-        epochs: int, batch: int, lr: float, weight_decay: float | int, patience: int, evenness: float | int, count_padding: bool,
+        epochs: int, batch: int, lr: float, weight_decay: float | int, patience: int, evenness: float | int,
+        count_padding: bool,
         watch: str, restore: bool, seed: int, progress: Progress, checkpoint: Path | None,
     ) -> None:  # fmt: skip
         vectors = seen.vectors.to(self.device)

@@ -140,6 +140,7 @@ def draw_grid(
     ax: Any = None,
     dim: float = 0.25,
     columns: int = 2,
+    lines: int = 1,
 ) -> Any:
     """Rows of pictures with the sentence beneath each, units in columns side by side.
 
@@ -149,21 +150,23 @@ def draw_grid(
         ax: matplotlib axes.
         dim: brightness outside the mask.
         columns: of units.
+        lines: of text beneath each.
     """
     units, k = images.shape[:2]
     rows = -(-units // columns)
+    step = 1.2 + 0.22 * lines
     gap, wide = 0.06, k * 1.06 + 0.5
-    ax = new_axes(ax, figsize=(0.82 * wide * columns, 1.28 * rows))
+    ax = new_axes(ax, figsize=(0.82 * wide * columns, (1.06 + 0.2 * lines) * rows))
     shade = torch.where(masks, 1.0, dim)
     picture = (images.float() / 255 * shade + 0.0).permute(0, 1, 3, 4, 2).cpu().numpy()
     for i, text in enumerate(texts):
-        left, top = (i // rows) * wide, -1.55 * (i % rows)
+        left, top = (i // rows) * wide, -step * (i % rows)
         for j in range(k):
             x = left + j * (1 + gap)
             ax.imshow(picture[i, j], extent=(x, x + 1, top - 1, top), interpolation="nearest", aspect="equal")
         ax.text(left, top - 1.07, text, va="top", ha="left", fontsize=8.5)
     ax.set_xlim(-0.02, wide * columns - 0.5)
-    ax.set_ylim(-1.55 * rows + 0.1, 0.05)
+    ax.set_ylim(-step * rows + 0.1, 0.05)
     ax.set_axis_off()
     return ax
 
