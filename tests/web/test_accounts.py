@@ -236,6 +236,11 @@ def test_whether_an_address_is_known_is_not_to_be_told_from_what_is_written(serv
         )
         assert taken == new > 1
         assert len(letters(site, "grace@example.org")) == 2  # the reset, and the word that she has an account
+        browser.form("/digest", "/digest", address="reads@example.org", period="day")
+        confirm = link(letters(site, "reads@example.org")[0])
+        browser.post("/digest/confirm", data={"token": token_in(confirm)})
+        assert inserts(site, lambda: browser.form("/digest", "/digest", address="reads@example.org", period="day")) > 0
+        assert len(letters(site, "reads@example.org")) == 1
 
 
 def test_the_digest_starts_by_mail_and_ends_with_one_click(serve, tmp_path):

@@ -110,12 +110,14 @@ def subscribe(
         elif found.account_id is not None and account is not None and found.account_id == account.id:
             found.period = period  # whoever merely knows the address cannot change what its owner gets
         session.flush()
-        if found.confirmed is None:
-            _ask(session, settings, found)
+        if found.confirmed is None or kind == "mail":
+            _ask(session, settings, found, really=found.confirmed is None)
     return found
 
 
-def _ask(session: Session, settings: Settings, subscription: Subscription) -> None:
+def _ask(session: Session, settings: Settings, subscription: Subscription, really: bool) -> None:
+    """Put the letter in the outbox that asks to confirm. Where there is nothing to ask it is taken out again: who gets
+    the digest is not to be told from the time that an answer takes."""
     token = _confirming(settings).dumps([subscription.id, subscription.period])
     link = f"{settings.base_url.rstrip('/')}/digest/confirm?token={token}"
     values = {"link": link, "period": subscription.period, "base_url": settings.base_url}
@@ -127,7 +129,12 @@ def _ask(session: Session, settings: Settings, subscription: Subscription) -> No
         headers={"Auto-Submitted": "auto-generated"},
     )
     # One such letter a day for each address: the form must not become a means of flooding somebody's mailbox.
-    outbox.put(session, f"confirm:{subscription.id}:{now():%Y-%m-%d}", letter)
+    key = f"confirm:{subscription.id}:{now():%Y-%m-%d}"
+    if really:
+        outbox.put(session, key, letter)
+    else:
+        outbox.put(session, f"{key}:not", letter)
+        outbox.take_back(session, f"{key}:not")
 
 
 def confirm(db: Database, settings: Settings, token: str) -> Subscription:
