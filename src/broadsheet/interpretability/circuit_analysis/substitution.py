@@ -88,22 +88,21 @@ class Substitution:
         labels = batch.label_pos - padded.offset[:, None]
         looked: list[Tensor] = []
         spread: list[tuple[float, float]] = []
+        seen: dict[str, Tensor] = {}
 
         def edit(name: str, layer: int, x: Tensor) -> Tensor:
-            if name == "pattern":
-                on = x[rows[:, None], :, at[:, None], labels]  # [batch, item, head]
-                looked.extend(on[rows, batch.answer, head] for i, head in self.heads if i == layer)
-            if name not in ("q", "k", "v") or not compressed:
+            heads = [head for i, head in self.heads if i == layer]
+            if not heads:
                 return x
-            where = (rows, at) if name == "q" else (rows[:, None], labels)
-            for (i, head, part), rule in self.rules.items():
-                if i == layer and part == name:
-                    x = x.clone()
-                    old = x[(*where, head)]
-                    x[(*where, head)] = new = rule(old, batch).to(x)
-                    size = old.shape[-1]
-                    centred = old.reshape(-1, size).float() - old.reshape(-1, size).float().mean(0)
-                    spread.append((float((old - new).float().square().sum()), float(centred.square().sum())))
+            if name in ("q", "k", "v"):
+                seen[name] = x[:, :, heads]
+            elif name == "pattern" and not compressed:
+                looked.append(x[rows, :, at][:, heads].gather(-1, _right(labels, batch, len(heads))))
+            elif name == "z" and compressed:
+                pattern, out = self._row(layer, heads, batch, seen, at, labels, padded.attention_mask, spread)
+                looked.append(pattern.gather(-1, _right(labels, batch, len(heads))))
+                x = x.clone()
+                x[rows[:, None], at[:, None], torch.tensor(heads, device=x.device)[None]] = out.to(x)
             return x
 
         with evaluating(self.block_map.model):
@@ -114,9 +113,43 @@ class Substitution:
         return Score(
             float(accuracy),
             float(nn.functional.cross_entropy(chosen.float(), batch.answer)),
-            float(torch.stack(looked).mean()),
+            float(torch.cat(looked, 1).float().mean()),
             1.0 if not spread or whole == 0 else 1 - lost / whole,
         )
+
+    def _row(
+        self, layer: int, heads: list[int], batch: ChoiceBatch, seen: dict[str, Tensor], at: Tensor, labels: Tensor,
+        mask: Tensor | None, spread: list[tuple[float, float]] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What these heads see and put out at the final token, ``[batch, head, time]`` and ``[batch, head, d]``.
+
+        Only the final token reads the changed keys and values: to all other tokens the labels stay what they were.
+        """
+        attention = self.block_map.blocks[layer].attention
+        assert attention is not None
+        device, rows = at.device, torch.arange(len(at), device=at.device)
+        time = seen["k"].shape[1]
+        q, k, v = seen["q"][rows, at], seen["k"].clone(), seen["v"].clone()
+        for j, head in enumerate(heads):
+            for part, x, where in (
+                ("q", q, (rows,)),
+                ("k", k, (rows[:, None], labels)),
+                ("v", v, (rows[:, None], labels)),
+            ):
+                rule = self.rules.get((layer, head, part))
+                if rule is None:
+                    continue
+                old = x[(*where, j)]
+                x[(*where, j)] = new = rule(old, batch).to(x)
+                if spread is not None:
+                    flat = old.reshape(-1, old.shape[-1]).float()
+                    change, size = (old - new).float().square().sum(), (flat - flat.mean(0)).square().sum()
+                    spread.append((float(change), float(size)))
+        # Scores depend on distances only, so counting positions from the first column is right on either side.
+        rotary = layer_rotary(self.block_map, layer, k.new_zeros(len(rows), time, self.block_map.d_model))
+        allowed = attention.allowed(time, mask, device)[:, 0].expand(len(rows), -1, -1)[rows, at]
+        pattern = row_pattern(attention, rotate_row(q, row_of(rotary, at)), rotate_all(k, rotary), allowed)
+        return pattern, torch.einsum("bht,bthd->bhd", pattern, v)
 
     @contextmanager
     def apply(self, batch: ChoiceBatch) -> Iterator[nn.Module]:
@@ -159,25 +192,18 @@ class Substitution:
             x, norm = attention.split(seen[f"layers.{layer}.attn.{part}"]), attention.norm_of(part)
             x = x if norm is None else norm(x)
             made[part] = (x if part == "q" else attention.repeated(x))[:, :, heads]
-        time, rows, device = z.shape[1], batch.rows.to(z.device), z.device
+        device, rows = z.device, batch.rows.to(z.device)
         mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
         ends = _ends(batch).to(device)
-        labels = batch.label_pos.to(device)
-        # Scores depend on distances only, so counting positions from the first column is right on either side.
-        rotary = layer_rotary(self.block_map, layer, z.new_zeros(len(rows), time, self.block_map.d_model))
-        allowed = attention.allowed(time, mask, device)[:, 0].expand(len(rows), -1, -1)[rows, ends]
-        q, k, v = made["q"][rows, ends], made["k"].clone(), made["v"].clone()
-        for j, head in enumerate(heads):
-            at_labels = (rows[:, None], labels)
-            for part, x, where in (("q", q, (rows,)), ("k", k, at_labels), ("v", v, at_labels)):
-                rule = self.rules.get((layer, head, part))
-                if rule is not None:
-                    x[(*where, j)] = rule(x[(*where, j)], batch).to(x)
-        pattern = row_pattern(attention, rotate_row(q, row_of(rotary, ends)), rotate_all(k, rotary), allowed)
-        out = torch.einsum("bht,bthd->bhd", pattern, v)
+        _, out = self._row(layer, heads, batch, made, ends, batch.label_pos.to(device), mask)
         changed = z.unflatten(-1, (-1, attention.head_dim)).clone()
         changed[rows[:, None], ends[:, None], torch.tensor(heads, device=device)[None]] = out.to(z.dtype)
         return changed.flatten(2)
+
+
+def _right(labels: Tensor, batch: ChoiceBatch, heads: int) -> Tensor:
+    """The column of each prompt's right label, ``[batch, head, 1]``."""
+    return labels[batch.rows, batch.answer][:, None, None].expand(-1, heads, 1)
 
 
 def _ends(batch: ChoiceBatch) -> Tensor:
