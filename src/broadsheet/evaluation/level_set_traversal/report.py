@@ -200,8 +200,8 @@ def _chosen(
         count += int(sure.sum())
         if count >= n:
             break
-    if not xs or count < 2 or len(torch.cat(ys).unique()) < 2:
-        raise InvalidInput(f"{count} images that every model is rightly sure of: images of two classes are needed")
+    if not xs or len(torch.cat(ys)[:n].unique()) < 2:
+        raise InvalidInput(f"{min(count, n)} images that every model is rightly sure of: two classes of them are needed")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
 
