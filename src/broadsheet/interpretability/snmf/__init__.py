@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "source": ["Source"],
         "steering": [
             "KL_TARGETS",
+            "PROMPT",
             "SteeringCurve",
             "alpha_for_kl",
             "judge_prompts",

@@ -39,9 +39,15 @@ class Detection:
 
     @property
     def score(self) -> float:
-        """Logarithm of the ratio of the means."""
+        """Logarithm of the ratio of the means, the paper's; of little use where :attr:`clamped`."""
         means = [x.double().mean().clamp_min(LEAST) for x in (self.activating, self.neutral)]
         return float((means[0] / means[1]).log())
+
+    @property
+    def auc(self) -> float:
+        """Share of pairs of an activating and a neutral text in which the first has the larger cosine."""
+        difference = self.activating[:, None] - self.neutral
+        return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each text: which kind it is, and its cosine."""

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from torch import Tensor
 
 from broadsheet.errors import CheckpointError, InvalidInput
-from broadsheet.interpretability.snmf.fitting import factorise
+from broadsheet.interpretability.snmf.fitting import Factorisation, factorise
 from broadsheet.interpretability.snmf.initial import initial_coefficients
 from broadsheet.interpretability.snmf.reading import FactorReading
 from broadsheet.interpretability.snmf.source import Source
@@ -44,6 +44,8 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         sparsity: share of the neurons that a feature keeps, in (0, 1]; 1 for plain semi-NMF.
         init: ``"random"``, ``"svd"``, ``"kmeans"``, or coefficients ``[n, K]`` to begin with. On planted features the
             start matters: ``"svd"`` found all, random ones not always.
+        n_init: starts with other random numbers, of which the one with the lowest loss is kept; random numbers play no
+            part in ``"svd"`` and given coefficients.
         solver: ``"multiplicative"`` (the paper's) or ``"projected"`` (exact for one feature after the other, cut at 0;
             fewer iterations).
         max_iter: iterations at most.
@@ -71,23 +73,26 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ((3, 20), (50, 3), True)
     """
 
+    # Any value is taken here and looked at in fit: scikit-learn's rule.
     def __init__(
         self,
-        n_components: int = 100,
-        sparsity: float = 0.01,
+        n_components: Any = 100,
+        sparsity: Any = 0.01,
         init: Any = "random",
-        solver: str = "multiplicative",
-        max_iter: int = 2000,
-        tol: float = 1e-4,
-        patience: int = 500,
-        reg: float = 1e-6,
-        batch_size: int | None = None,
-        forgetting: float = 0.98,
+        n_init: Any = 1,
+        solver: Any = "multiplicative",
+        max_iter: Any = 2000,
+        tol: Any = 1e-4,
+        patience: Any = 500,
+        reg: Any = 1e-6,
+        batch_size: Any = None,
+        forgetting: Any = 0.98,
         random_state: Any = 0,
     ) -> None:
         self.n_components = n_components
         self.sparsity = sparsity
         self.init = init
+        self.n_init = n_init
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
@@ -121,12 +126,7 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """
         source = self._source(X, reset=True)
         check_settings(source.n, source.d, self._k(), self.sparsity)
-        seed = check_random_state(self.random_state).randint(2**31 - 1)
-        codes = initial_coefficients(source, self._k(), self.init, generator(int(seed)))
-        found = factorise(
-            source, codes, sparsity=self.sparsity, solver=self.solver, max_iter=self.max_iter, tol=self.tol,
-            patience=self.patience, reg=self.reg, checkpoint=checkpoint, progress=progress,
-        )  # fmt: skip
+        found = self._best_of_starts(source, checkpoint, progress)
         self.features_ = self._like(X, found.features)
         self.coefficients_ = self._like(X, found.coefficients)
         self.loss_curve_ = np.array(found.losses)
@@ -135,6 +135,24 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.reseeded_ = found.reseeded
         self._forget()
         return self
+
+    def _best_of_starts(self, source: Source, checkpoint: str | Path | None, progress: Progress) -> Factorisation:
+        if self.n_init < 1:
+            raise InvalidInput(f"n_init={self.n_init}: must be at least 1")
+        random = check_random_state(self.random_state)
+        starts = self.n_init if isinstance(self.init, str) and self.init != "svd" else 1
+        best: Factorisation | None = None
+        for start in range(starts):
+            codes = initial_coefficients(source, self._k(), self.init, generator(int(random.randint(2**31 - 1))))
+            found = factorise(
+                source, codes, sparsity=self.sparsity, solver=self.solver, max_iter=self.max_iter, tol=self.tol,
+                patience=self.patience, reg=self.reg, progress=progress,
+                checkpoint=None if checkpoint is None else Path(checkpoint) / f"start-{start}",
+            )  # fmt: skip
+            if best is None or min(found.losses) < min(best.losses):
+                best = found
+        assert best is not None
+        return best
 
     def partial_fit(self, X: Any, y: Any = None) -> "SemiNMF":
         """Go on with one more batch of activations that need not be kept: for streams larger than memory.

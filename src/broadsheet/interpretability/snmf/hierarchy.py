@@ -1,7 +1,6 @@
 """From narrow to broad concepts: the features of one factorisation are factorised again."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,12 @@ class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
 
     Args:
         ranks: features of each level, falling.
-        sparsity, init, solver, max_iter, tol, patience, reg, batch_size, random_state: of each level's
+        sparsity, init, n_init, solver, max_iter, tol, patience, reg, batch_size, random_state: of each level's
             :class:`~broadsheet.interpretability.snmf.SemiNMF`.
 
     Attributes:
         levels_: the fitted estimators; ``levels_[j].coefficients_`` links level ``j - 1`` to level ``j``.
+        n_iter_: iterations of all levels.
         n_features_in_: neurons.
 
     Example:
@@ -64,22 +64,25 @@ class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         ((40, 2), True)
     """
 
+    # Any value is taken here and looked at in fit: scikit-learn's rule.
     def __init__(
         self,
-        ranks: Sequence[int] = (400, 200, 100, 50),
-        sparsity: float = 0.01,
-        init: str = "random",
-        solver: str = "multiplicative",
-        max_iter: int = 2000,
-        tol: float = 1e-4,
-        patience: int = 500,
-        reg: float = 1e-6,
-        batch_size: int | None = None,
+        ranks: Any = (400, 200, 100, 50),
+        sparsity: Any = 0.01,
+        init: Any = "random",
+        n_init: Any = 1,
+        solver: Any = "multiplicative",
+        max_iter: Any = 2000,
+        tol: Any = 1e-4,
+        patience: Any = 500,
+        reg: Any = 1e-6,
+        batch_size: Any = None,
         random_state: Any = 0,
     ) -> None:
         self.ranks = ranks
         self.sparsity = sparsity
         self.init = init
+        self.n_init = n_init
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
@@ -114,6 +117,7 @@ class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             self.levels_.append(estimator)
             data = estimator.features_
         self.n_features_in_ = self.levels_[0].n_features_in_
+        self.n_iter_ = sum(estimator.n_iter_ for estimator in self.levels_)
         if hasattr(self.levels_[0], "feature_names_in_"):
             self.feature_names_in_ = self.levels_[0].feature_names_in_
         return self
@@ -154,12 +158,13 @@ class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         return narrow if level == 0 else narrow @ self.links(level)
 
     def parents(self, level: int) -> Int[Tensor, " r0"]:
-        """Which feature of ``level`` each one of the narrowest belongs to most.
+        """Which feature of ``level`` each one of the narrowest is made of most: coefficient times the feature's length.
 
         Args:
             level: at least 1.
         """
-        return torch.as_tensor(self.links(level)).argmax(1)
+        size = torch.as_tensor(self.features(level)).norm(dim=1)
+        return (torch.as_tensor(self.links(level)) * size).argmax(1)
 
     def transform(self, X: Any) -> Any:
         """Coefficients of new activations at the last level, ``[n, r]``.

@@ -9,21 +9,22 @@ from broadsheet.interpretability.snmf.source import Source
 
 INITS = ("random", "svd", "kmeans")
 FLOOR = 1e-6  # what is 0 stays 0 under the multiplicative update
+SAMPLE = 4096  # tokens that first centres of clusters are drawn from
 EXACT = 1024  # the smaller side of a matrix whose singular vectors are computed exactly
 
 
 def initial_coefficients(
     source: Source, n_components: int, init: object, generator: torch.Generator
 ) -> Float[Tensor, "K n"]:
-    """Coefficients to begin with, all above 0 and each feature's of length 1.
+    """Coefficients to begin with, all above 0 and each feature's of length 1, or the user's own as they are.
 
-    Their length is free: the features that go with them are solved for.
+    The length is free, for the features that go with them are solved for; only ``reg`` sees it.
 
     Args:
         source: the data.
         n_components: features.
         init: ``"random"`` (uniform), ``"svd"`` (the positive parts of the leading singular vectors), ``"kmeans"`` (1
-            for the tokens of a cluster; 15 rounds from random tokens), or an array ``[n, K]``.
+            for the tokens of a cluster), or an array ``[n, K]``.
         generator: on the CPU, whatever the data's device: a seed means the same everywhere.
 
     Raises:
@@ -50,6 +51,7 @@ def initial_coefficients(
             raise InvalidInput(f"init has shape {tuple(codes.T.shape)}: expected coefficients [{n}, {k}]")
         if not bool((codes >= 0).all()):
             raise InvalidInput("init holds negative or missing coefficients: all must be at least 0")
+        return codes.contiguous()
     codes = codes.contiguous()
     floor = FLOOR * codes.amax(1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny)
     codes = torch.maximum(codes, floor)
@@ -93,15 +95,17 @@ def leading_singular(source: Source, k: int, generator: torch.Generator) -> tupl
 
 
 def cluster(source: Source, k: int, generator: torch.Generator, rounds: int = 15) -> Tensor:
-    """The cluster of every token, ``[n]``: Lloyd's rounds from random tokens; an empty cluster starts anew at one.
+    """The cluster of every token, ``[n]``: Lloyd's rounds; a cluster that becomes empty starts anew at a random token.
+
+    The official code starts from tokens drawn evenly, of which several may stand in one cluster and none in another:
+    winner-take-all then never finds the missing one. Ours draws each next centre far from the others (k-means++).
 
     Args:
         source, generator: as in :func:`initial_coefficients`.
         k: clusters.
         rounds: of assignment and averaging.
     """
-    chosen = torch.randperm(source.n, generator=generator)[:k].tolist()
-    centres = torch.stack([source.row(i) for i in chosen])
+    centres = _spread(source, k, generator)
     labels = torch.zeros(source.n, dtype=torch.long, device=source.device)
     for _ in range(rounds):
         sums, counts = torch.zeros_like(centres), torch.zeros(k, device=source.device, dtype=source.dtype)
@@ -114,3 +118,24 @@ def cluster(source: Source, k: int, generator: torch.Generator, rounds: int = 15
         for empty in (counts == 0).nonzero().flatten().tolist():
             centres[empty] = source.row(int(torch.randint(source.n, (1,), generator=generator)))
     return labels
+
+
+def _spread(source: Source, k: int, generator: torch.Generator) -> Tensor:
+    """``k`` tokens ``[k, d]`` out of a sample, each drawn with the squared distance to the nearest one before it."""
+    size = min(source.n, max(SAMPLE, 8 * k))
+    chosen = torch.randperm(source.n, generator=generator)[:size].sort().values.to(source.device)
+    rows = torch.cat([block[:, _within(chosen, where)].T for where, block in source])
+    first = int(torch.randint(size, (1,), generator=generator))
+    picked, nearest = [first], (rows - rows[first]).square().sum(1)
+    while len(picked) < k:
+        weights = nearest.double().cpu().clamp_min(0)
+        left = float(weights.sum()) > 0  # fewer different tokens than clusters: any will do
+        draw = int(torch.multinomial(weights if left else torch.ones_like(weights), 1, generator=generator))
+        picked.append(draw)
+        nearest = torch.minimum(nearest, (rows - rows[draw]).square().sum(1))
+    return rows[picked]
+
+
+def _within(chosen: Tensor, where: slice) -> Tensor:
+    """Those of the tokens that stand in a block, counted from its beginning."""
+    return chosen[(chosen >= where.start) & (chosen < where.stop)] - where.start

@@ -276,7 +276,7 @@ def judge_prompts(concept: str, texts: Sequence[str]) -> list[str]:
     ]
 
 
-def judged(concept: Sequence[float], fluency: Sequence[float]) -> float:
+def judged(concept: Sequence[float | int], fluency: Sequence[float | int]) -> float:
     """Mean over texts of the harmonic mean of the two marks; 0 where either is 0.
 
     Args:
