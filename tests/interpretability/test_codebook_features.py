@@ -448,7 +448,7 @@ def test_training_lowers_the_loss_and_logs_every_codebook(corpus):
     before = [p.detach().clone() for p in cb.parameters()]
     report = fit(cb, sample, steps=60, batch=16, lr=1e-2, log_every=20)
     assert report.losses[-1] < 0.95 * report.losses[0]
-    assert report.log["task"].iloc[-1] < 0.9 * report.log["task"].iloc[0]
+    assert report.log["task"].iloc[-1] < report.log["task"].iloc[0] - 0.1
     assert report.log["step"].unique().tolist() == [20, 40, 60]
     assert report.log["site"].unique().tolist() == ["layers.0.attn.head.0", "layers.0.attn.head.1", "layers.0.mlp"]
     assert (report.log["active"] / 24 + report.log["dead_fraction"]).round(6).eq(1).all()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ class Machine:
 # The smallest setting found at which the claims can be decided: more states (36) than output neurons (24) of an MLP.
 SMALL = Machine(
     36, 6, 6, {"kind": "llama", "width": 24, "layers": 2, "heads": 4, "hidden": 96}, length=9, batch=48, before=450,
-    steps=300, lr_before=8e-3, lr=5e-3, codes=128, kmeans=True, start_steps=50, layer=0, texts=300,
+    steps=300, lr_before=8e-3, lr=5e-3, codes=96, kmeans=True, start_steps=50, layer=0, texts=300,
 )  # fmt: skip
 # The paper's. Attention and MLP stand side by side there, so that the second MLP is the first to see the digit before.
 PAPER = Machine(
@@ -195,7 +196,7 @@ def _machine(ctx: Context, size: Machine) -> dict[str, Any]:
     one = merged[place]
     ctx.measure("one-code-one-prediction", ours=float(one.within.mean()), baseline=float(one.random.mean()))
     return {
-        "log": report.log,
+        "log": report.log.to_dict("list"),
         "place": place,
         "f1": {
             "codes": {site: scores.mean(site) for site in index.sites},
@@ -205,7 +206,7 @@ def _machine(ctx: Context, size: Machine) -> dict[str, Any]:
             "clusters": clusters.mean(place),
         },
         "scatter": {name: _points(found, place) for name, found in (("codes", scores), ("neurons", neurons))},
-        "purity": index.code_purity(states),
+        "purity": index.code_purity(states).to_dict("list"),
         "left": left,
         "within": one.within.numpy(),
         "random": one.random.numpy(),
@@ -327,7 +328,7 @@ def _topics(ctx: Context) -> dict[str, Any]:
     text = int((about == 0).nonzero()[0])
     mine = index.text == text
     return {
-        "compared": compared.table,
+        "compared": compared.table.to_dict("list"),
         "steering": rows,
         "names": list(corpus.names),
         "written": shown,
@@ -423,7 +424,7 @@ def _text(ctx: Context, folder: Path, file: Path) -> dict[str, Any]:
         ours=float(np.mean([row[1] for row in rows])),
         baseline=float(np.mean([row[2] for row in rows])),
     )
-    return {"log": report.log, "scores": scores, "steering": rows}
+    return {"log": report.log.to_dict("list"), "scores": scores, "steering": rows}
 
 
 @torch.no_grad()
@@ -505,7 +506,7 @@ def _draw_states(records: list[dict[str, Any]]) -> Plate:
         ("output neurons", [f["neurons"][place] for f in found], "baseline"),
         ("output neurons, with codebooks", [f["own neurons"][place] for f in found], "baseline"),
     ]
-    for i, (name, values, colour) in enumerate(rows):
+    for i, (_, values, colour) in enumerate(rows):
         right.barh(i, np.mean(values), 0.62, color=COLOURS[colour])
         right.scatter(values, np.full(len(values), i), s=11, color="white", ec="#1f2328", lw=0.7, zorder=3)
         right.text(max(values) + 0.02, i, f"{np.mean(values):.2f}", va="center", fontsize=9)
@@ -543,7 +544,7 @@ def _draw_intervention(records: list[dict[str, Any]]) -> Plate:
     left.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     left.tick_params(axis="x", length=0)
     left.set(ylim=(0, 1.14), ylabel="divergence that is left", title="Codes of another text are put in")
-    purity = [record["machine"]["purity"] for record in records]
+    purity = [pd.DataFrame(record["machine"]["purity"]) for record in records]
     layers = sorted({int(site.split(".")[1]) for site in purity[0]["site"]})
     for shift, (part, colour) in zip((-0.19, 0.19), (("attn", "baseline"), ("mlp", "ours")), strict=True):
         for layer in layers:
@@ -611,7 +612,7 @@ def _draw_training(records: list[dict[str, Any]]) -> Plate:
     figure = Figure(figsize=(10.4, 3.8))
     axes = figure.subplots(1, 3)
     for record in records:
-        log = record["machine"]["log"]
+        log = pd.DataFrame(record["machine"]["log"])
         task = log.groupby("step")["task"].first()
         axes[0].plot(task.index, task, color=COLOURS["neutral"], lw=1.2, alpha=0.8)
         for part, colour in ((".attn.", "baseline"), (".mlp", "ours")):
@@ -642,7 +643,7 @@ def _draw_topics(records: list[dict[str, Any]]) -> Plate:
     grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 1), width_ratios=(1, 1.2))
     left, right, below = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, :])
     names = records[0]["topics"]["names"]
-    tables = [record["topics"]["compared"].set_index("pattern").reindex(names) for record in records]
+    tables = [pd.DataFrame(record["topics"]["compared"]).set_index("pattern").reindex(names) for record in records]
     for column, colour, label in (
         ("neuron_precision", "baseline", "best neuron at the same recall"),
         ("precision", "ours", "best code"),
@@ -652,7 +653,7 @@ def _draw_topics(records: list[dict[str, Any]]) -> Plate:
         for row in values:
             left.plot(row, range(len(names)), "o", ms=3, color=COLOURS[colour], alpha=0.45, zorder=1)
     left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
+    left.set_ylim(len(names) + 0.7, -0.6)  # room for the legend
     left.set(xlim=(0, 1.04), xlabel="precision for the topic's words", title="Codes found by search")
     left.grid(axis="x")
     left.grid(axis="y", visible=False)
@@ -713,7 +714,7 @@ def _draw_text(records: list[dict[str, Any]]) -> Plate:
     figure = Figure(figsize=(10.4, 4.2))
     left, right = figure.subplots(1, 2)
     for record in records:
-        task = record["text"]["log"].groupby("step")["task"].first()
+        task = pd.DataFrame(record["text"]["log"]).groupby("step")["task"].first()
         left.plot(task.index, task, color=COLOURS["ours"], lw=1.2)
         left.axhline(record["text"]["scores"]["plain"][0], color=COLOURS["baseline"], lw=1, ls=(0, (4, 3)))
     left.set(xlabel="step", ylabel="next-token loss, nats", title="Fine-tuning with codebooks")

@@ -184,11 +184,11 @@ def compare_with_neurons(
         raise InvalidInput(f"{wrong[0]!r} has {len(values[wrong[0]])} tokens, the index {len(index)}: other texts?")
     rows = []
     for name, pattern in named.items():
-        found = index.search_codes(pattern, **search).table
+        mask = index.matches(pattern, search.get("where", "overlap"))
+        found = index.search_codes(mask, **search).table
         if not len(found):
             continue
         code = found.iloc[0]
-        mask = index.matches(pattern, search.get("where", "overlap"))
         site, neuron, precision = best_neuron(values, mask, float(code["recall"]))
         rows.append(
             (name, code["site"], int(code["code"]), code["recall"], code["precision"], site, neuron, precision)

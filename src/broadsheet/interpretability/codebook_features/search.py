@@ -221,7 +221,7 @@ def check_labels(labels: Tensor) -> int:
     """The number of labels."""
     if labels.is_floating_point() or labels.ndim != 1 or not bool((labels >= 0).any()):
         raise InvalidInput(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: whole numbers [tokens], some of them at least 0, "
-            "are expected"
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: whole numbers [tokens], some of them at least "
+            "0, are expected"
         )
     return int(labels.max()) + 1
