@@ -178,7 +178,7 @@ def test_a_label_that_splits_or_merges_is_refused_with_a_template_that_works() -
     prompts = MultipleChoiceSet(QUESTIONS, merging, template="dots")
     assert prompts.batch.labels is not None  # "A" in the list, " A" after "Answer:"
     assert PLAIN.decode([prompts.batch.labels[0, 1]]) == "B" and merging.decode([prompts.batch.answers[0, 1]]) == " B"
-    with pytest.raises(InvalidInput, match="'Y' \\| 'e' \\| 's'"):
+    with pytest.raises(InvalidInput, match=r"'Y' \| 'e' \| 's'"):
         MultipleChoiceSet([Question("?", ("a", "b"), 0)], PLAIN, labels=["Yes", "No"])
 
 

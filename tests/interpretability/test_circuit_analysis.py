@@ -340,7 +340,7 @@ def test_directions_are_features_of_their_head() -> None:
             x = getattr(seen, part)[1, 3]
             torch.testing.assert_close(got, space.coordinates(x)[..., 1], atol=1e-5, rtol=0)
     found.feature("layers.1.attn.head.3", "v").promoted(model, 3)
-    with pytest.raises(InvalidInput, match="compressed are layers.1.attn.head.3"):
+    with pytest.raises(InvalidInput, match=r"compressed are layers\.1\.attn\.head\.3"):
         found.feature("layers.0.attn.head.0")
     normed = ca.compress_heads(tiny_model("qwen3"), ["layers.1.attn.head.3"], CLEAN, rank=2)
     with pytest.raises(InvalidInput, match="norms its q"):
@@ -387,7 +387,8 @@ def test_a_planted_circuit_is_found_with_its_feature(feature: str) -> None:
 def test_centroids_of_one_kind_of_prompts_are_alike_on_another() -> None:
     model = PlantedChoice(LISTS, "nth_item", seed=3)
     one, other = (
-        ca.centroids(model, [model.letter_head], LISTS.sample(300, o, seed=1), "nth_item") for o in ("ordered", "random")
+        ca.centroids(model, [model.letter_head], LISTS.sample(300, o, seed=1), "nth_item")
+        for o in ("ordered", "random")
     )
     for key, centroid in one.items():
         assert centroid.cosine(other[key]).min() > 0.99
@@ -510,7 +511,7 @@ def test_bad_input() -> None:
         (lambda: ca.compress_heads(model, head, CLEAN, rank=7), "rank=7"),
         (lambda: ca.compress_heads(model, head, CLEAN, parts="qx"), "parts='qx'"),
         (lambda: ca.compress_heads(model, head, batch(0, n=4)), "at least 2"),
-        (lambda: ca.compress_heads(model, [], CLEAN), "heads=\\[\\]"),
+        (lambda: ca.compress_heads(model, [], CLEAN), r"heads=\[\]"),
         (lambda: ca.compress_heads(model, ["layers.0.mlp"], CLEAN), "only heads"),
         (lambda: ca.feature_test(model, head, "colour", CLEAN), "feature='colour'"),
         (lambda: ca.feature_test(PlantedChoice(LISTS), head, "token", few), "at least 2"),

@@ -26,7 +26,7 @@ def test_a_rerun_is_the_whole_run(family: str) -> None:
     tolerance = {"atol": 2e-6 if family == "gpt-neo" else 1e-8, "rtol": 0}
     for layer in range(LAYERS):
 
-        def whole(name: str, i: int, x: Tensor, layer: int = layer, head: int = 0) -> Tensor:
+        def whole(name: str, i: int, x: Tensor, head: int, ends: list[Tensor], layer: int = layer) -> Tensor:
             if name == "resid_post" and i == LAYERS - 1:
                 ends.append(x[rows, at])
             if name != "z" or i != layer:
@@ -46,7 +46,7 @@ def test_a_rerun_is_the_whole_run(family: str) -> None:
         with torch.no_grad():
             for head in range(HEADS):
                 block_map(model).forward(
-                    ids, edit=lambda name, i, x, head=head, whole=whole: whole(name, i, x, head=head)
+                    ids, edit=lambda *of, head=head, whole=whole, ends=ends: whole(*of, head, ends)
                 )
         found = prefix.run(layer, edit=part, n=HEADS)
         torch.testing.assert_close(found, torch.stack(ends), **tolerance)

@@ -279,12 +279,13 @@ class MultipleChoiceSet:
 
     def select(self, rows: Iterable[int] | torch.Tensor) -> "MultipleChoiceSet":
         """Some of the questions, by their numbers (a mask of truth values works, too)."""
-        rows = list(rows)
-        if len(rows) == len(self) and all(_truth(x) for x in rows):
-            rows = [i for i, keep in enumerate(rows) if bool(keep)]
+        given = list(rows)
+        numbers = [int(i) for i in given]
+        if len(given) == len(self) and all(_truth(x) for x in given):
+            numbers = [i for i, keep in enumerate(given) if bool(keep)]
         texts = self.label_texts
         return replace(
-            self, questions=tuple(self.questions[int(i)] for i in rows), labels=tuple(texts[int(i)] for i in rows)
+            self, questions=tuple(self.questions[i] for i in numbers), labels=tuple(texts[i] for i in numbers)
         )
 
     @property

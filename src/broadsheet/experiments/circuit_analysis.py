@@ -5,6 +5,7 @@ feature are known, and a three-layer model that learns in seconds which label a 
 user's Hugging Face model with MMLU's questions, or with made-up ones.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from broadsheet.interpretability.circuit_analysis.compression import (
     rank_curve,
 )
 from broadsheet.interpretability.circuit_analysis.effects import logit_attribution, patch_effects
-from broadsheet.interpretability.circuit_analysis.features import feature_test
+from broadsheet.interpretability.circuit_analysis.features import FeatureTest, feature_test
 from broadsheet.interpretability.circuit_analysis.figures import (
     KIND_COLOURS,
     attribution_bars,
@@ -170,7 +171,7 @@ def _trained(ctx: Context) -> dict[str, Any]:
 
     recovered = {
         source: {
-            o: {f: feature_test(model, heads, f, tests[o], fits[o if source == "own" else source]).recovered
+            o: {f: _recovered(feature_test(model, heads, f, tests[o], fits[o if source == "own" else source]))
                 for f in FEATURES}
             for o in ORDERS[1:]
         }
@@ -183,10 +184,11 @@ def _trained(ctx: Context) -> dict[str, Any]:
 
     effects = {o: patch_effects(model, tests[o], corrupt[o]) for o in corrupt}
     outputs = _outputs(ctx, model, tests["shuffled"], corrupt["shuffled"], effects["shuffled"])
-    ordered = effects["ordered"].to_frame()
-    mlps = ordered[ordered["node"].str.endswith("mlp") & (ordered["direct"] > 0)]
-    mlps = mlps if len(mlps) else ordered[ordered["node"].str.endswith("mlp")]
-    ctx.measure("self-repair", ours=float(mlps["total"].mean()), baseline=float(mlps["direct"].mean()))
+    rows = effects["ordered"]
+    direct, total = rows.direct.double(), rows.total.double()
+    is_mlp = torch.tensor([name.endswith("mlp") for name in rows.nodes], device=direct.device)
+    chosen = is_mlp & (direct > 0) if bool((is_mlp & (direct > 0)).any()) else is_mlp
+    ctx.measure("self-repair", ours=float(total[chosen].mean()), baseline=float(direct[chosen].mean()))
     shuffled = effects["shuffled"].to_frame().set_index("node")
     strongest = str(shuffled.loc[heads, "direct"].idxmax())
     one = compress_heads(model, [strongest], fits["ordered"], rank=0).evaluate(tests["shuffled"]).accuracy
@@ -208,6 +210,11 @@ def _trained(ctx: Context) -> dict[str, Any]:
         "strongest": strongest,
         "one_head": one,
     }
+
+
+def _recovered(test: FeatureTest) -> float:
+    """Share of the loss recovered; 0 where the heads do not matter, so that there is nothing to recover."""
+    return 0.0 if math.isnan(test.recovered) else test.recovered
 
 
 def _accuracies(curve: RankCurve, order: str, basis: str) -> list[float]:

@@ -80,7 +80,8 @@ class Prefix:
 
     def _attend(self, layer: int, n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention, seen = self.block_map.blocks[layer].attention, self.seen[layer]
-        assert attention is not None and seen is not None
+        assert attention is not None
+        assert seen is not None
         q, k, v = (x[:, 0].unflatten(0, (n, -1)) for x in (q, k, v))  # [n, batch, heads, d]
         q, k = (rotate_row(x, seen.rotary) for x in (q, k))
         column = self.at[None, :, None, None].expand(n, -1, q.shape[2], 1)
@@ -145,7 +146,7 @@ def cached_prefix(
 
 
 def layer_rotary(the_map: BlockMap, layer: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cosine and sine of a layer's rotary positions for a stream ``x [batch, time, d_model]``; None where it has none."""
+    """Cosine and sine of a layer's rotary positions, for a stream ``x [batch, time, d_model]``; None: it has none."""
     attention = the_map.blocks[layer].attention
     if attention is None or not attention.rotary:
         return None

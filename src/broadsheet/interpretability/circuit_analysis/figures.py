@@ -49,7 +49,7 @@ def attribution_bars(names: Sequence[str], values: Sequence[float], ax: Any = No
     ax = new_axes(ax, figsize=(5.4, 0.3 * len(order) + 1.2))
     colours = [COLOURS["baseline"] if names[i].endswith("mlp") else COLOURS["ours"] for i in order]
     ax.barh(range(len(order)), [values[i] for i in order], color=colours, height=0.72)
-    ax.set_yticks(range(len(order)), [short(names[i]) for i in order])
+    ax.set_yticks(range(len(order)), [short(str(names[i])) for i in order])
     ax.axvline(0, color=COLOURS["neutral"], linewidth=0.8)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")

@@ -78,9 +78,12 @@ class Substitution:
         if not several:
             raise InvalidInput("batches is empty: hand in at least one ChoiceBatch")
         found = [(len(batch), self._score(batch, compressed)) for batch in several]
-        whole = sum(n for n, _ in found)
-        means = [sum(n * getattr(s, name) for n, s in found) / whole for name in ("accuracy", "loss", "attention")]
-        return Score(*means, sum(n * s.explained for n, s in found) / whole)
+        shares = [n / sum(n for n, _ in found) for n, _ in found]
+
+        def mean(name: str) -> float:
+            return sum(share * getattr(score, name) for share, (_, score) in zip(shares, found, strict=True))
+
+        return Score(mean("accuracy"), mean("loss"), mean("attention"), mean("explained"))
 
     def _score(self, batch: ChoiceBatch, compressed: bool) -> Score:
         padded = right_padded(batch.input_ids, batch.attention_mask)
