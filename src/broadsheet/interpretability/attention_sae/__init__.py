@@ -34,6 +34,7 @@ from broadsheet.interpretability.attention_sae.interventions import (
 )
 from broadsheet.interpretability.attention_sae.latents import latent_cards
 from broadsheet.interpretability.attention_sae.recursive import AttributionNode, AttributionTree, recursive_dfa
+from broadsheet.nn.cards import feature_page
 
 __all__ = [
     "AttentionSAE",
@@ -51,6 +52,7 @@ __all__ = [
     "edit_features",
     "evaluate_sae",
     "feature_effects",
+    "feature_page",
     "head_attribution",
     "head_weights",
     "latent_cards",
