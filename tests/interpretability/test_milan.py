@@ -111,9 +111,10 @@ def test_the_sketch_gives_the_same_exemplars(net: Net, pictures: list, monkeypat
 def test_units_sizes_saving_and_the_models_mode(net: Net, pictures: list, tmp_path: Path) -> None:
     net.train()
     net.conv.eval()
-    seen = net.conv[1].running_mean.clone()
+    seen, state = net.conv[1].running_mean.clone(), torch.get_rng_state()
     found = top_exemplars(net, pictures, "deep", units=[5, 2], k=2, size=48, preprocess=lambda x: x - 0.5)
     assert net.training and not net.conv.training and torch.equal(seen, net.conv[1].running_mean)
+    assert torch.equal(state, torch.get_rng_state())
     net.eval()
     assert found.names == (("deep", 5), ("deep", 2)) and found.images.shape == (2, 2, 3, 48, 48)
     found.save(tmp_path / "exemplars")
@@ -302,7 +303,7 @@ def test_the_decoder_is_its_equations() -> None:
     logp, attention = net(vectors, tokens)
     for i in range(2):
         total, looked = numpy_decoder(net, vectors[i].numpy(), tokens[i].tolist())
-        assert float(logp[i].gather(1, tokens[i][:, None]).sum()) == pytest.approx(total, abs=1e-10)
+        assert float(logp[i].gather(1, tokens[i][:, None]).detach().sum()) == pytest.approx(total, abs=1e-10)
         np.testing.assert_allclose(attention[i].detach().numpy(), looked, atol=1e-12)
     order = [2, 0, 1]
     permuted, looked = net(vectors[:, order], tokens)

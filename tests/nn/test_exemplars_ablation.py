@@ -160,7 +160,7 @@ def test_ablation_says_what_is_wrong() -> None:
     with pytest.raises(InvalidInput, match="count 3"):
         ablation_curve(model, lambda _: 0.0, [("0", 0)], [3])
     sums = ablation_curve(
-        model, lambda m: float(m(torch.ones(1, 3, 3, 3)).abs().sum()), [("0", i) for i in range(4)], range(5)
+        model, lambda m: float(m(torch.ones(1, 3, 3, 3)).detach().abs().sum()), [("0", i) for i in range(4)], range(5)
     )
     assert sums[-1] == 0 and sums == sorted(sums, reverse=True)
 

@@ -66,7 +66,7 @@ def load_milannotations(root: str | Path, source: str) -> list[AnnotatedLayer]:
         images, masks = arrays
         if images.ndim != 5 or masks.shape != (*images.shape[:2], 1, *images.shape[3:]):
             raise InvalidInput(f"{folder / str(layer)}: images {images.shape} and masks {masks.shape} do not fit")
-        grouped = {int(unit): tuple(map(str, texts)) for unit, texts in part.groupby("unit")["summary"]}
+        grouped = {int(str(unit)): tuple(map(str, texts)) for unit, texts in part.groupby("unit")["summary"]}
         if wrong := [unit for unit in grouped if not 0 <= unit < len(images)]:
             raise InvalidInput(f"{table}: unit {wrong[0]} of layer {layer}, which has {len(images)} units")
         found.append(AnnotatedLayer(source, str(layer), tuple(grouped), images, masks, tuple(grouped.values())))

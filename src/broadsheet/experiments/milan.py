@@ -520,7 +520,8 @@ def _draw_sweep(records: list[dict]) -> Plate:
     axes[0].legend(loc="upper right")
     points = np.array([[(row["recall"], row["precision"]) for row in r["sweep"].values()] for r in records]).mean(0)
     axes[1].plot(*points.T, color=COLOURS["ours"], marker="o", markersize=5, zorder=3)
-    for lam, (x, y) in zip(lams, points, strict=True):
+    marked = [(lam, point) for lam, point in zip(lams, points, strict=True) if lam in (lams[0], LAMBDA, *lams[3:])]
+    for lam, (x, y) in marked:
         axes[1].annotate(f"λ = {lam:g}", (x, y), textcoords="offset points", xytext=(8, 3), fontsize=8.5)
     for name, colour in (("NetDissect", COLOURS["baseline"]), ("compositional", COLOURS["accent"]),
                          ("nearest unit", COLOURS["good"])):  # fmt: skip
@@ -611,16 +612,17 @@ def _draw_edit(records: list[dict]) -> Plate:
         ax.plot(x, mean("no digit"), color=COLOURS["good"], linestyle=(0, (3, 2)), label="no digit")
         ax.plot(x, mean("wrong digit"), color=COLOURS["ours"], label="wrong digit")
         for r in runs:
-            ax.plot(
-                r["chosen"], r["curves"]["wrong digit"][r["at"]], "o", color=COLOURS["ours"], markersize=4, alpha=0.7
-            )
+            curve = r["curves"]["wrong digit"]
+            ax.plot(r["counts"], curve, color=COLOURS["ours"], linewidth=0.7, alpha=0.45)
+            ax.plot(r["chosen"], curve[r["at"]], "o", color=COLOURS["ours"], markersize=4)
         ax.set(xlabel="units named “digits” switched off", ylim=(0, 1.02))
         ax.set_title(title)
     axes[0].set_ylabel("accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     caption = (
-        "Accuracy while the units whose sentence names a digit are off, the least harmful first; means over the "
-        "seeds (a seed with fewer such units keeps its last value), dots where validation pictures said to stop."
+        "Accuracy while the units whose sentence names a digit are off, the least harmful first. Thick lines are means "
+        "over the seeds (one with fewer such units keeps its last value), thin lines single seeds, dots the numbers of "
+        "units that validation pictures chose."
     )
     return Plate("repair", figure, caption)
 
@@ -630,21 +632,20 @@ def _draw_importance(records: list[dict]) -> Plate:
     runs = [r["classifiers"]["importance"] for r in records]
     x = np.array(runs[0]["counts"])
     n = min(len(r["counts"]) for r in runs)
-    random = np.concatenate([np.array(r["random"])[:, :n] for r in runs])
+    random = np.concatenate([np.array(r["random"])[:, :n] - r["random"][0][0] for r in runs])  # each seed's own start
     ax.fill_between(x[:n], *np.quantile(random, [0.05, 0.95], axis=0), color=COLOURS["light"], linewidth=0,
                     label="random, 5 to 95 %")  # fmt: skip
     for key, colour in zip(runs[0]["curves"], (COLOURS["ours"], COLOURS["baseline"], COLOURS["accent"]),
                            strict=False):  # fmt: skip
         label = {"n_adjectives": "most adjectives", "n_nouns": "most nouns", "n_adpositions": "most prepositions",
                  "length": "longest"}[key]  # fmt: skip
-        ax.plot(
-            x[:n], np.mean([r["curves"][key][:n] for r in runs], 0), color=colour, label=label, marker="o", markersize=3
-        )
-    ax.set(xlabel="units switched off", ylabel="accuracy")
+        change = np.mean([np.array(r["curves"][key][:n]) - r["curves"][key][0] for r in runs], axis=0)
+        ax.plot(x[:n], change, color=colour, label=label, marker="o", markersize=3)
+    ax.set(xlabel="units switched off", ylabel="change of accuracy")
     ax.set_title("Which sentences belong to units that matter")
     ax.legend(loc="lower left")
     caption = (
-        "Accuracy of the classifier trained without digits while units are switched off in the order of a property of "
+        "What it costs the classifier trained without digits that units are switched off in the order of a property of "
         "their sentence; means over the seeds."
     )
     return Plate("importance", figure, caption)

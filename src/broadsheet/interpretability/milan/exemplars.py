@@ -219,7 +219,9 @@ def top_exemplars(
         return as_maps(seen[layer], layer, grid), output
 
     def batches() -> Iterator[Tensor]:
-        for items in DataLoader(_Items(dataset, not generative), batch_size, num_workers=num_workers):
+        # A loader without a generator of its own draws from the global one, even when it does not shuffle.
+        items_of = _Items(dataset, not generative)
+        for items in DataLoader(items_of, batch_size, num_workers=num_workers, generator=torch.Generator()):
             yield maps(items.to(device))[0]
 
     def fetch(ids: list[int]) -> Tensor:
