@@ -147,7 +147,7 @@ def _machine(ctx: Context, size: Machine) -> dict[str, Any]:
         short = wrapped(kmeans, ("mlp",))
         tuned(short, size.start_steps)
         used = index_codes(short, held.split(100)).usage().set_index("site")
-        perplexity[name] = float(used["perplexity"][place])
+        perplexity[name] = float(used["perplexity"].to_dict()[place])
     cb = wrapped(size.kmeans)
     report = tuned(cb, size.steps, folders.get("codebooks"))
 
@@ -187,9 +187,9 @@ def _machine(ctx: Context, size: Machine) -> dict[str, Any]:
     left = _patched(cb, fsm, size, ctx)
     ctx.measure("state-is-in-the-codes", ours=1 - left["everything"])
     ctx.measure("mlp-codes-above-first-attention", ours=left["all MLPs"], baseline=left["first attention"])
-    purity = index.code_purity(states).set_index("site")
+    pure = index.code_purity(states).set_index("site")["pure"].to_dict()
     last = f"layers.{size.model['layers'] - 1}.mlp"
-    ctx.measure("purity-falls", ours=float(purity["pure"][place]), baseline=float(purity["pure"][last]))
+    ctx.measure("purity-falls", ours=pure[place], baseline=pure[last])
     ctx.measure("random-start-collapses", ours=perplexity["random"], baseline=perplexity["k-means"])
     ends = fsm.sample(600, 1 + 2 * fsm.digits, random).unique(dim=0).to(ctx.device)
     merged = merged_inputs(cb, ends, [place, last], seed=ctx.seed)
@@ -495,8 +495,9 @@ def _draw_states(records: list[dict[str, Any]]) -> Plate:
         recall = np.linspace(value / (2 - value) + 1e-3, 1, 200)
         left.plot(recall, value * recall / (2 * recall - value), color=COLOURS["light"], lw=0.8, zorder=0)
         left.text(1.01, value / (2 - value), f"{value:g}", fontsize=7.5, color=COLOURS["neutral"], va="center")
-    left.set(xlim=(0, 1.06), ylim=(0, 1.04), xlabel="recall", ylabel="precision", title="A state and its best unit")
-    left.legend(loc="upper left", bbox_to_anchor=(0, 0.99), handletextpad=0.2)
+    left.set(xlim=(0, 1.06), ylim=(0, 1.26), xlabel="recall", ylabel="precision", title="A state and its best unit")
+    left.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    left.legend(loc="upper left", handletextpad=0.2)
     found = [record["machine"]["f1"] for record in records]
     place = records[0]["machine"]["place"]
     rows = [
@@ -549,7 +550,8 @@ def _draw_intervention(records: list[dict[str, Any]]) -> Plate:
     for shift, (part, colour) in zip((-0.19, 0.19), (("attn", "baseline"), ("mlp", "ours")), strict=True):
         for layer in layers:
             values = [
-                float(table["pure"][table["site"].str.startswith(f"layers.{layer}.{part}")].mean()) for table in purity
+                float(np.mean(table["pure"][table["site"].str.startswith(f"layers.{layer}.{part}")]))
+                for table in purity
             ]
             right.bar(layer + shift, np.mean(values), 0.36, color=COLOURS[colour])
             right.scatter(
