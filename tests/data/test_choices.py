@@ -237,7 +237,7 @@ def test_mmlu_in_all_its_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no file and no folder"):
         load_mmlu(tmp_path / "none")
     (tmp_path / "bad.csv").write_text("What?,a,b,c,d,Q\n", encoding="utf-8")
-    with pytest.raises(InvalidInput, match="bad.csv, row 1"):
+    with pytest.raises(InvalidInput, match=r"bad\.csv, row 1"):
         load_mmlu(tmp_path / "bad.csv")
 
 

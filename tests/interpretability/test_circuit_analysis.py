@@ -23,7 +23,7 @@ FAMILIES = [
     "gpt2", "gpt2-scaled-by-layer", "neox-parallel", "neox-sequential", "llama", "llama-biases", "mistral-window",
     "qwen2", "qwen2-window", "qwen3", "qwen3-window", "gemma", "gemma2", "gemma3", "opt", "opt-post-norm", "gpt-neo",
 ]  # fmt: skip
-LISTS = LabelledLists(n_words=12)
+LISTS = LabelledLists(n_labels=12, n_words=8)
 
 
 def batch(seed: int, shift: int = 0, n: int = 12) -> ChoiceBatch:
@@ -260,17 +260,18 @@ def test_hooks_on_the_model_do_what_the_map_does(family: str) -> None:
     heads = ["layers.0.attn.head.1", "layers.0.attn.head.2", "layers.1.attn.head.3"]
     found = ca.compress_heads(model, heads, CLEAN, rank=1, parts="qkv")
     for side in ("left", "right", None):
-        given = CLEAN if side is None else padded(CLEAN, side)
+        given = CLEAN if side is None else padded(CLEAN, side, 2)
         if side == "left" and not family.startswith(("llama", "mistral", "qwen", "gemma", "neox")):
             continue  # learned positions count from the first column in a plain run
-        ends = torch.full((12,), given.input_ids.shape[1] - (4 if side == "right" else 1))
+        ends = torch.full((12,), given.input_ids.shape[1] - (3 if side == "right" else 1))
         with torch.no_grad():
             plain = model(given.input_ids, attention_mask=given.attention_mask).logits[given.rows, ends]
             with found.apply(given) as same:
                 logits = same(given.input_ids, attention_mask=given.attention_mask).logits[given.rows, ends]
             after = model(given.input_ids, attention_mask=given.attention_mask).logits[given.rows, ends]
         if not plain.isfinite().all():
-            assert family == "gemma2" and side == "left"  # its own eager attention gives NaN for rows of padding
+            assert family == "gemma2"  # its own eager attention gives NaN for rows of padding
+            assert side == "left"
             continue
         assert same is model and torch.equal(plain, after)
         chosen = logits.gather(1, given.answers)
@@ -282,7 +283,7 @@ def test_hooks_on_the_model_do_what_the_map_does(family: str) -> None:
 
 
 @pytest.mark.parametrize("basis", ["class_means", "svd"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "neox-parallel", "llama", "qwen3", "gemma2", "opt"])
 def test_full_rank_changes_nothing_and_rank_none_does(family: str, basis: str) -> None:
     model = tiny_model(family)
     size = block_map(model).head_dim
@@ -365,7 +366,8 @@ def test_a_planted_circuit_is_found_with_its_feature(feature: str) -> None:
     effects = ca.patch_effects(model, shuffled, corrupt).to_frame().set_index("node")
     gatherer = "layers.1.attn.head.0"
     assert abs(effects.loc[gatherer, "direct"]) < 0.05 < 5 < effects.loc[gatherer, "total"]
-    paths = ca.path_effects(model, shuffled, corrupt)
+    few = slice(0, 24)
+    paths = ca.path_effects(model, shuffled.select(few), corrupt.select(few))
     assert paths.to_frame()["source"][0] in (gatherer, model.letter_head)
     assert paths.between(gatherer, model.letter_head) == pytest.approx(effects.loc[gatherer, "total"], rel=0.02)
     assert abs(paths.between(gatherer)) < 0.05
@@ -373,7 +375,7 @@ def test_a_planted_circuit_is_found_with_its_feature(feature: str) -> None:
     # The planted feature lives in three dimensions; the model cannot do without them.
     three, none = (ca.compress_heads(model, [model.letter_head], ordered, rank=r) for r in (3, 0))
     assert three.evaluate(shuffled).accuracy == 1 and none.evaluate(shuffled).accuracy < 0.5
-    assert ca.compress_heads(model, [model.letter_head], ordered, basis="random").evaluate(shuffled).accuracy < 0.7
+    assert ca.compress_heads(model, [model.letter_head], ordered, basis="random").evaluate(shuffled).accuracy < 0.9
     # And centroids tell which it is.
     fit = LISTS.sample(400, "shuffled", seed=9)
     found = {f: ca.feature_test(model, [model.letter_head], f, shuffled, fit) for f in ("nth_item", "token")}
@@ -505,7 +507,7 @@ def test_bad_input() -> None:
         (lambda: ca.patch_effects(model, CLEAN, CORRUPT, ["layers.0.attn.head.4"]), "has 4 heads"),
         (lambda: ca.patch_effects(model, CLEAN, CORRUPT, ["layers.0.mlp.neuron.40"]), "has 40 hidden units"),
         (lambda: ca.patch_effects(model, CLEAN, CORRUPT, ["layers.0.attn"]), "expected a head, an MLP"),
-        (lambda: ca.output_nodes(model, CLEAN, CORRUPT, recover=0), "recover=0"),
+        (lambda: ca.output_nodes(model, CLEAN, CORRUPT, recover=0.0), "recover=0"),
         (lambda: ca.output_nodes(model, CLEAN, CORRUPT, n=11), "n=11: the model has 10 nodes"),
         (lambda: ca.output_nodes(model, CLEAN, CORRUPT, order=["x"]), "each once"),
         (lambda: ca.compress_heads(model, head, CLEAN, rank=7), "rank=7"),

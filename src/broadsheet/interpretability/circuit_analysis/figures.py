@@ -158,6 +158,7 @@ def attention_maps(
         )
     ax.set_xticks(range(len(keep)), [words[i] for i in keep], rotation=90 if len(keep) > 16 else 0, fontsize=8)
     ax.set_yticks(range(len(heads)), [short(name) for name in heads])
+    ax.set(xlabel="token", ylabel="layer.head")
     ax.grid(visible=False)
     ax.figure.colorbar(image, ax=ax, label="attention", shrink=0.9)
     return ax
