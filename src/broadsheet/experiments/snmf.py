@@ -156,12 +156,12 @@ def _fit(data: Tensor, k: int, sparsity: float, init: str, seed: int, iterations
 
 
 def _autoencoders(
-    ctx: Context, data: Tensor, k: int, site: str = "", grid: Any = SAE_GRID, steps: int | None = None
+    ctx: Context, data: Tensor, k: int, site: str = "", grid: Any = None, steps: int | None = None
 ) -> list[SparseAutoencoder]:
     """One for each point of the grid; a point at which all features die counts as its untrained start."""
     found, steps = [], steps or SAE_STEPS
     batches = list(data.split(max(50, min(len(data) // 4, 400))))
-    for l1, lr in grid:
+    for l1, lr in grid or SAE_GRID:
         sae = SparseAutoencoder(data.shape[1], k, site=site, seed=ctx.seed).to(ctx.device)
         try:
             sae.fit(
@@ -177,7 +177,7 @@ def _autoencoders(
 def _clusters(data: Tensor, k: int, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
 
-    fitted = KMeans(k, n_init=3, random_state=seed).fit(data.cpu().numpy())
+    fitted: Any = KMeans(k, random_state=seed).set_params(n_init=3).fit(data.cpu().numpy())
     return torch.from_numpy(fitted.cluster_centers_).to(data)
 
 
@@ -188,10 +188,9 @@ def _components(data: Tensor, k: int) -> Tensor:
 def _dictionary(data: Tensor, k: int, penalty: float, seed: int) -> Tensor:
     from sklearn.decomposition import MiniBatchDictionaryLearning
 
-    fitted = MiniBatchDictionaryLearning(
-        k, alpha=penalty, positive_code=True, fit_algorithm="cd", transform_algorithm="lasso_cd", max_iter=2,
-        batch_size=256, random_state=seed,
-    )  # fmt: skip
+    how: dict[str, Any] = {"alpha": penalty, "max_iter": 2, "batch_size": 256, "random_state": seed}
+    how |= {"positive_code": True, "fit_algorithm": "cd", "transform_algorithm": "lasso_cd"}
+    fitted = MiniBatchDictionaryLearning(k, **how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.from_numpy(fitted.fit(data.cpu().numpy()).components_).to(data)
