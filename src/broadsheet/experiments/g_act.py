@@ -65,6 +65,7 @@ BUDGET = 0.1  # nats for each token of neutral text
 SHARES = (0.4, 0.55, 0.7, 0.85, 1.0)  # of the strength at which the budget is used up
 WHERE = ((1,), (3,), (0, 1, 2, 3))  # layers steered
 POSITIONS = ("last", "prompt")
+COUNTS = (1, 2, 4)  # steered layers whose cost is measured
 HEADS = 6  # of ACT, for each cluster: 24 of a model with 32 times 32 heads would be all of ours
 DIFFERENT = ("solver", "sorter", "filter")  # each kind has headers of its own
 ALIKE, STRANGE = (
@@ -199,7 +200,7 @@ class Bench:
         return found
 
 
-def layer_options(fitted: SteeringModel, where: Sequence[tuple[int, ...]] = WHERE) -> list[Option]:
+def layer_options(fitted: SteeringModel, where: Sequence[tuple[int, ...]]) -> list[Option]:
     """Every choice of layers and tokens for directions in the residual stream."""
     return [
         Option(
@@ -255,8 +256,8 @@ def _small(ctx: Context) -> dict[str, Any]:
     units = neuron_attribution(model, bench.tokenizer, [TARGET]).top(3)
     average = mean_difference(pairs)
     methods = {
-        "g_act": layer_options(refined), "without_refinement": layer_options(plain),
-        "mean_difference": layer_options(average), "act": act_options(act), "neuron": neuron_options(units),
+        "g_act": layer_options(refined, WHERE), "without_refinement": layer_options(plain, WHERE),
+        "mean_difference": layer_options(average, WHERE), "act": act_options(act), "neuron": neuron_options(units),
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     with ctx.progress.task("steering", total=len(methods)) as task:
@@ -275,7 +276,7 @@ def _small(ctx: Context) -> dict[str, Any]:
     probes = _probes(ctx, settings, plain, act, pairs, heads)
     same = _same(ctx, bench)
     speed = steering_overhead(
-        model, plain, *encode([str(r) for r in validation], bench.tokenizer, ctx.device), alpha=0.1, counts=(1, 2, 4),
+        model, plain, *encode([str(r) for r in validation], bench.tokenizer, ctx.device), alpha=0.1, counts=COUNTS,
         repeats=5,
         max_new_tokens=10,
     )  # fmt: skip
