@@ -50,7 +50,7 @@ SWEPT_TOPICS = 4
 CONTROLS = 3
 DIFFERING = 32
 COST: dict[str, int] = {"width": 256, "neurons": 1024, "vocab": 8192}
-DISK: dict[str, int] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}
+DISK: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}
 FULL: dict[str, Any] = {
     "pairs": (
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
@@ -95,6 +95,11 @@ def _trained(ctx: Context, name: str, seed: int) -> nn.Module:
     return model
 
 
+def _weight(model: Any, layer: int, name: str) -> Tensor:
+    """One of a layer's MLP matrices, without its graph."""
+    return model.get_submodule(f"model.layers.{layer}.mlp.{name}").weight.detach()
+
+
 def _topics(found: NeuronMap) -> Tensor:
     """The topic of every neuron's first word, ``[L, F]``; -1 for common words."""
     return CORPUS.topic_of[found.labels]
@@ -109,7 +114,7 @@ def _exact(ctx: Context, model: nn.Module, found: NeuronMap) -> dict[str, Any]:
     for neurons, words in blocks:
         streamed = decode_neurons(model, block_neurons=neurons, block_vocabulary=words)
         for row, layer in enumerate(found.layers):
-            rows = model.get_submodule(f"model.layers.{layer}.mlp.up_proj").weight.double()  # type: ignore[union-attr]
+            rows = _weight(model, layer, "up_proj").double()
             dense = (rows @ head).softmax(-1).topk(streamed.tokens.shape[-1])
             worst = max(worst, float((streamed.probs[row].to(dense.values) - dense.values).abs().max()))
             same += int((streamed.tokens[row, :, 0].to(ctx.device) == dense.indices[:, 0]).sum())
@@ -142,7 +147,7 @@ def _responses(model: nn.Module, ids: Tensor, topics: Tensor) -> dict[str, Tenso
     return means
 
 
-def _labels(ctx: Context, model: nn.Module, found: NeuronMap) -> dict[str, Any]:
+def _labels(ctx: Context, model: Any, found: NeuronMap) -> dict[str, Any]:
     random = generator(7000 + ctx.seed)
     ids, topics = CORPUS.sample(TEXTS["truth"], LENGTH, random)
     response = _responses(model, ids.to(ctx.device), topics)
@@ -151,13 +156,13 @@ def _labels(ctx: Context, model: nn.Module, found: NeuronMap) -> dict[str, Any]:
     gate = decode_neurons(model, weights="gate")
     labels = {"ours": _topics(found)}
     labels["permuted"] = CORPUS.topic_of[torch.randperm(CORPUS.vocab_size, generator=random)][found.labels]
-    rows = [model.get_submodule(f"model.layers.{i}.mlp.up_proj").weight.detach() for i in found.layers]  # type: ignore[union-attr]
+    rows = [_weight(model, i, "up_proj") for i in found.layers]
     drawn = [torch.randn(row.shape, generator=random).to(row) for row in rows]
     drawn = [noise * (row.norm(dim=1) / noise.norm(dim=1))[:, None] for noise, row in zip(drawn, rows, strict=True)]
     labels["random"] = torch.stack(
         [CORPUS.topic_of[decode_directions(model, noise).tokens[:, 0].cpu()] for noise in drawn]
     )
-    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    table = model.get_input_embeddings().weight.detach()
     unit = nn.functional.normalize(table, dim=-1)
     labels["embedding"] = torch.stack([CORPUS.topic_of[(row @ unit.T).argmax(-1).cpu()] for row in rows])
     labels["activations"] = _activation_labels(ctx, model, random)
@@ -216,7 +221,7 @@ def _signs(ctx: Context, model: nn.Module, found: NeuronMap) -> dict[str, Any]:
     flipped = copy.deepcopy(model)
     for layer in found.layers:
         for name in ("up_proj", "down_proj"):
-            flipped.get_submodule(f"model.layers.{layer}.mlp.{name}").weight.data.neg_()  # type: ignore[union-attr, operator]
+            _weight(flipped, layer, name).neg_()
     ids, _ = CORPUS.sample(8, LENGTH, generator(ctx.seed))
     with torch.no_grad():
         moved = float((model(ids.to(ctx.device)).logits - flipped(ids.to(ctx.device)).logits).abs().max())
@@ -273,8 +278,8 @@ def _clamps(ctx: Context, model: nn.Module, found: NeuronMap) -> dict[str, Any]:
             effects[site].append(max(_effects(model, ids, who, both, words, site)))
         effects["write"] += _effects(model, ids, (write_layer, write_neuron), [MULTIPLE], words)
         other = int(torch.randint(found.width, (), generator=random))
-        down = model.get_submodule(f"model.layers.{layer}.mlp.down_proj").weight.detach()
-        towards = float((down[:, other] @ head[:, words]).mean().sign()) or 1.0  # type: ignore[index]
+        down = _weight(model, layer, "down_proj")
+        towards = float((down[:, other] @ head[:, words]).mean().sign()) or 1.0
         effects["random"] += _effects(model, ids, (layer, other), [towards * MULTIPLE], words)
     mean = {name: float(np.mean(values)) for name, values in effects.items()}
     ctx.measure("clamp-raises-topic", ours=mean["post"])
@@ -334,14 +339,14 @@ def _words(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _texts(ctx: Context, model: nn.Module, found: NeuronMap) -> list[dict[str, Any]]:
+def _texts(ctx: Context, model: Any, found: NeuronMap) -> list[dict[str, Any]]:
     """What the model writes by itself and with one topic's neuron held high."""
     start = torch.tensor([[0, 3]], device=ctx.device)
     ids = _prompts(ctx)
 
     def written(seed: int) -> list[int]:
         with seeded(seed), torch.no_grad():
-            out: Any = model.generate(  # type: ignore[operator]
+            out: Any = model.generate(
                 start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=9, pad_token_id=1
             )
         return out[0, 1:].tolist()

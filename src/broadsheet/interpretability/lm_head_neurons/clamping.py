@@ -8,7 +8,7 @@ and ``gate`` are its factors, ``add`` leaves the neuron alone and adds what it w
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +23,6 @@ from broadsheet.nn.hooks import Site, capture, evaluating, replace
 from broadsheet.nn.padding import right_padded
 from broadsheet.nn.plotting import COLOURS, new_axes
 
-Where = Literal["post", "up", "gate", "add"]
 SITES = ("post", "up", "gate", "add")
 
 
@@ -31,7 +30,7 @@ SITES = ("post", "up", "gate", "add")
 def clamp(
     model: nn.Module,
     neurons: Mapping[tuple[int, int], Any],
-    site: Where = "post",
+    site: str = "post",
     positions: Any = "all",
     *,
     mlp_map: Mapping[str, str] | None = None,
@@ -45,7 +44,8 @@ def clamp(
             (the residual stream gets value times the neuron's down vector on top of everything else).
         positions: ``"all"``, or a slice of columns counted from the first of the prompt; columns that ``generate`` adds
             count on, with or without a cache of keys and values. Negative ends count back from the end of the prompt:
-            ``slice(-1, None)`` is its last token and everything after.
+            ``slice(-1, None)`` is its last token and everything after (without a cache, which hands in the whole text
+            again, from the end of the text so far).
         mlp_map: as in :func:`decode_neurons`.
 
     Raises:
@@ -111,9 +111,8 @@ def probability_of(
     """
     ids, mask = encoded(prompt, tokenizer, attention_mask, next(model.parameters()).device)
     padded = right_padded(ids, mask)
-    more = {} if padded.attention_mask is None else {"attention_mask": padded.attention_mask}
-    with evaluating(model):
-        logits = _logits(model(padded.input_ids, **more))
+    with evaluating(model):  # a causal model's earlier positions do not see padding on the right: no mask is needed
+        logits = _logits(model(padded.input_ids))
     last = logits[torch.arange(len(ids), device=logits.device), padded.last]
     wanted = target_ids(words, tokenizer, last.shape[-1])
     last = last.to(torch.promote_types(last.dtype, torch.float32))
@@ -126,7 +125,7 @@ def largest_values(
     neurons: Sequence[tuple[int, int]],
     prompt: str | Sequence[str] | Tensor,
     *,
-    site: Where = "post",
+    site: str = "post",
     tokenizer: Any = None,
     attention_mask: Tensor | None = None,
     mlp_map: Mapping[str, str] | None = None,
@@ -148,9 +147,8 @@ def largest_values(
     padded = right_padded(ids, mask)
     layers = sorted({layer for layer, _ in neurons})
     sites = [places.site(layer, None, kind, label=str(layer)) for layer in layers]
-    more = {} if padded.attention_mask is None else {"attention_mask": padded.attention_mask}
     with evaluating(model), capture(model, sites) as seen:
-        model(padded.input_ids, **more)
+        model(padded.input_ids)
     out = []
     for layer, neuron in neurons:
         value = seen[str(layer)][..., places.column(layer, neuron, kind)].abs()
@@ -219,11 +217,11 @@ class ClampSweep:
 def clamp_sweep(
     model: nn.Module,
     neuron: tuple[int, int],
-    values: Sequence[float] | Float[Tensor, " n"],
+    values: Sequence[float | int] | Float[Tensor, " n"],
     words: str | int | Iterable[str | int],
     prompt: str | Sequence[str] | Tensor,
     *,
-    site: Where = "post",
+    site: str = "post",
     controls: Sequence[tuple[int, int]] = (),
     relative: bool = True,
     tokenizer: Any = None,
@@ -290,8 +288,6 @@ class _Places:
     """Where the neurons of a model are, for hooks."""
 
     def __init__(self, model: nn.Module, mlp_map: Mapping[str, str] | None) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"{type(model).__name__}: clamping needs the model in memory, not its files")
         compiled = type(model).__name__ == "OptimizedModule"
         if compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
             raise UnsupportedModel(

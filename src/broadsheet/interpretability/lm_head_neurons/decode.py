@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,23 +28,21 @@ from broadsheet.nn.features import Feature, mapped
 from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.vocabulary import VocabularyRanking, rank_vocabulary
 
-Which = Literal["up", "gate", "down"]
-How = Literal["none", "final", "unit"]
 ROWS = 512
 
 
 def decode_neurons(
     model: Any,
     layers: Iterable[int] | None = None,
-    weights: Which = "up",
-    norm: How = "none",
+    weights: str = "up",
+    norm: str = "none",
     *,
     tokenizer: Any = None,
     temperature: float = 1.0,
     topk: int = 10,
     expert: Expert = None,
     fold_norm: bool = False,
-    orient: Literal["none", "gate"] = "none",
+    orient: str = "none",
     exclude: Sequence[int] | Int[Tensor, " e"] = (),
     exclude_padding: bool = True,
     head: Any = None,
@@ -170,7 +168,7 @@ def decode_experts(model: Any, **how: Any) -> dict[int | str, NeuronMap]:
 def decode_directions(
     model: Any,
     directions: Float[Tensor, "n d"] | Feature | Sequence[Feature],
-    norm: How = "none",
+    norm: str = "none",
     *,
     topk: int = 10,
     temperature: float = 1.0,

@@ -161,7 +161,7 @@ class Layout:
         if missing and (layers is not None or not out):
             kinds = self.layers[missing[0]]
             numbers = [kind for kind in kinds if isinstance(kind, int)]
-            have = ["None (a plain MLP)"] * (None in kinds) + [f"0 to {max(numbers)}"] * bool(numbers)
+            have = ["None (a plain MLP)"] * (None in kinds) + ([f"0 to {max(numbers)}"] if numbers else [])
             have += ["'shared'"] * ("shared" in kinds)
             hint = "; decode_experts gives one map for each" if numbers else ""
             raise InvalidInput(f"expert={expert!r}: layer {missing[0]} has {', '.join(have)}{hint}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +22,7 @@ ROWS = 4096
 
 
 def concept_vector(
-    model: Any, word: str | int | Sequence[str | int], tokenizer: Any = None, pieces: Literal["first", "all"] = "all"
+    model: Any, word: str | int | Sequence[str | int], tokenizer: Any = None, pieces: str = "all"
 ) -> Float[Tensor, " D"]:
     """The direction of a word in the residual stream: the mean of the head's rows for its tokens.
 
@@ -55,7 +55,7 @@ def nearest_neurons(
     topk: int = 20,
     *,
     layers: Iterable[int] | None = None,
-    weights: Literal["up", "gate", "down"] = "up",
+    weights: str = "up",
     expert: Expert = None,
     mlp_map: Mapping[str, str] | None = None,
     adapter: str | Path | None = None,
