@@ -9,5 +9,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["nn", "data", "evaluation", "generative", "geometry", "interpretability", "recordings"]
+CHECKED = ["nn", "data", "evaluation", "generative", "geometry", "interpretability", "recordings", "diagrams"]
 install_import_hook([f"broadsheet.{name}" for name in CHECKED], "beartype.beartype")

@@ -1,0 +1,234 @@
+"""The algebra's laws as rewrites: each is applied only where it holds, and then checked on random numbers.
+
+Disjoint steps slide past each other by construction (see ``diagram``). What is left are laws that depend on what a step
+is: linear steps on different axes of one array commute, softmax does not; elementwise functions pass wiring, not sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from broadsheet.diagrams.neural_circuit_diagrams.axes import Array
+from broadsheet.diagrams.neural_circuit_diagrams.diagram import Diagram, Step, renamed
+from broadsheet.diagrams.neural_circuit_diagrams.generators import Generator, Index, Pattern, View
+from broadsheet.diagrams.neural_circuit_diagrams.linear import Conv, Einsum, Linear
+from broadsheet.diagrams.neural_circuit_diagrams.opaque import Opaque
+from broadsheet.diagrams.neural_circuit_diagrams.pointwise import Elementwise, Reduce
+from broadsheet.errors import InvalidInput
+
+TOLERANCE = 1e-10
+
+
+class IllegalRewrite(InvalidInput):
+    """A law that does not hold for these steps, or a rewrite that changed the numbers."""
+
+
+def is_linear(op: Generator) -> bool:
+    """Whether a step is linear in each of its inputs (an affine one is not)."""
+    if isinstance(op, Elementwise):
+        return op.is_linear
+    if isinstance(op, Linear | Conv):
+        return not op.bias
+    if isinstance(op, Reduce):
+        return op.kind in ("mean", "sum")
+    return op.flat if isinstance(op, Opaque) else op.linear
+
+
+def _wiring(step: Step) -> bool:
+    """Whether a step only moves entries: what an elementwise function may pass."""
+    if isinstance(step.op, Einsum):
+        return len(step.at.ins) == 1 and sorted(step.at.ins[0]) == sorted(step.at.outs[0])
+    return isinstance(step.op, View | Index)
+
+
+def why_not(first: Step, second: Step) -> str | None:
+    """Why two steps on one array do not commute; None where they do.
+
+    Args:
+        first, second: one array in, one out, the second on what the first makes, its letters those of the first.
+    """
+    ops = (first.op, second.op)
+    cores = [{c for side in (s.op.eats, s.op.emits) for array in side or () for c in array} for s in (first, second)]
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one.op, Elementwise):
+            if _wiring(other) or (one.op.is_linear and is_linear(other.op)):
+                return None
+            return f"{one.op.label!r} acts on every entry and does not pass {type(other.op).__name__.lower()}"
+    if any(s.op.eats is None and not _wiring(s) for s in (first, second)):
+        return "one of them touches every axis"
+    if cores[0] & cores[1]:
+        return f"both touch the axis {sorted(cores[0] & cores[1])}"
+    if any(isinstance(op, Index) for op in ops) or all(is_linear(op) for op in ops):
+        return None
+    other = next(op for op in ops if not is_linear(op))
+    return f"{type(other).__name__.lower()} is not linear"
+
+
+def commute(diagram: Diagram, step: int) -> Diagram:
+    """Exchange step number ``step`` with the one that uses its output."""
+    if not 0 <= step < len(diagram.steps):
+        raise InvalidInput(f"step={step}: the diagram has steps 0 to {len(diagram.steps) - 1}")
+    first = diagram.steps[step]
+    second = next((s for s in diagram.steps if first.outs and first.outs[0] in s.ins), None)
+    if second is None or any(len(side) != 1 for s in (first, second) for side in (s.ins, s.outs)):
+        raise IllegalRewrite(f"step {step}: expected two steps in a row with one array in and one out each")
+    name = dict(zip(second.at.ins[0], first.at.outs[0], strict=True))
+    name |= {c: f"{c}~" for c in second.at.letters if c not in name}
+    at = Pattern((first.at.outs[0],), (tuple(name[c] for c in second.at.outs[0]),))
+    later = replace(second, op=renamed(second.op, name), at=at)
+    if reason := why_not(first, later):
+        raise IllegalRewrite(f"{_title(first)} and {_title(second)} do not commute: {reason}")
+    # The second step works on what the first one got: its new letters in the place of those that it consumes.
+    axes = {**diagram.axes_of(second), **diagram.axes_of(first)}
+    axes |= {name[c]: a for c, a in diagram.axes_of(second).items() if name[c] not in axes}
+    eaten = [c for c in at.ins[0] if c not in at.outs[0]]
+    made = [c for c in at.outs[0] if c not in at.ins[0]]
+    if _wiring(later) and isinstance(later.op, Einsum):
+        middle = tuple(c for c in at.outs[0] if c in first.at.ins[0])
+        eats = [c for c in first.at.ins[0] if c not in middle]
+        middle = (*middle, *eats)
+    else:
+        row: list[str] = []
+        for c in first.at.ins[0]:
+            row += made if eaten and c == eaten[0] else []
+            row += [] if c in eaten else [c]
+        middle = tuple(row if eaten else [*row, *made])
+    value = 1 + max(diagram.values)
+    new = [
+        replace(later, at=Pattern(first.at.ins, (middle,)), ins=first.ins, outs=(value,)),
+        replace(first, at=Pattern((middle,), at.outs), ins=(value,), outs=second.outs),
+    ]
+    steps = [s for s in diagram.steps if s is not first and s is not second]
+    where = min(i for i, s in enumerate(diagram.steps) if s is second) - 1
+    steps[where:where] = new
+    values = {**diagram.values, value: tuple(axes[c] for c in middle)}
+    return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
+
+
+def _title(step: Step) -> str:
+    return " ".join(filter(None, (type(step.op).__name__.lower(), getattr(step.op, "name", "") or step.op.label)))
+
+
+def fuse(diagram: Diagram) -> Diagram:
+    """Join every connected web of dots, cups, caps and crossings into one einsum (the spider law)."""
+    steps = list(diagram.steps)
+    values = dict(diagram.values)
+    while True:
+        maker = {s.outs[0]: s for s in steps if isinstance(s.op, Einsum)}
+        pair = next(((maker[v], s) for s in steps if isinstance(s.op, Einsum) for v in s.ins if v in maker), None)
+        if pair is None:
+            return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
+        first, second = pair
+        place = second.ins.index(first.outs[0])
+        name = dict(zip(first.at.outs[0], second.at.ins[place], strict=True))
+        if len(set(first.at.outs[0])) != len(set(name.values())):
+            # The later step takes a diagonal: letters that it joins become one.
+            name = {c: second.at.ins[place][i] for i, c in enumerate(first.at.outs[0])}
+        inner = {c: name.get(c, f"{c}^") for c in first.at.letters}
+        ins = tuple(tuple(inner[c] for c in array) for array in first.at.ins)
+        at = Pattern((*second.at.ins[:place], *ins, *second.at.ins[place + 1 :]), second.at.outs)
+        joined = replace(second, at=at, ins=(*second.ins[:place], *first.ins, *second.ins[place + 1 :]))
+        missing = [c for c in first.at.outs[0] if c not in {x for a in first.at.ins for x in a}]
+        if missing and not {name[c] for c in missing} <= {c for a in at.ins for c in a} | set(at.outs[0]):
+            # A repeated axis that is then summed away is a factor, its size: left as it is.
+            return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
+        steps = [joined if s is second else s for s in steps if s is not first]
+
+
+def cancel(diagram: Diagram) -> Diagram:
+    """Take out a split that a merge undoes, a merge that a split undoes, and permutations that change nothing."""
+    steps = list(diagram.steps)
+    while True:
+        user = {v: s for s in steps for v in s.ins}
+        found = None
+        for s in steps:
+            t = user.get(s.outs[0]) if s.outs else None
+            if isinstance(s.op, View) and t is not None and isinstance(t.op, View):
+                same = [a.size for a in diagram.values[s.ins[0]]] == [a.size for a in diagram.values[t.outs[0]]]
+                if same and len(diagram.values[s.ins[0]]) == len(diagram.values[t.outs[0]]):
+                    found = (s, t)
+                    break
+        if found is None:
+            return Diagram.of(diagram.values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
+        s, t = found
+        through = {t.outs[0]: s.ins[0]}
+        steps = [replace(u, ins=tuple(through.get(v, v) for v in u.ins)) for u in steps if u is not s and u is not t]
+        diagram = replace(diagram, outputs=tuple(through.get(v, v) for v in diagram.outputs))
+
+
+LAWS: dict[str, Callable[..., Diagram]] = {"commute": commute, "fuse": fuse, "cancel": cancel}
+
+
+def rewrite(diagram: Diagram, law: str, check: bool = True, seed: int = 0, **options: Any) -> Diagram:
+    """Apply a law.
+
+    Args:
+        diagram: what to rewrite; it is not changed.
+        law: ``"fuse"``, ``"commute"`` (with ``step=``) or ``"cancel"``.
+        check: compare both sides on random numbers in float64.
+        seed: of the random numbers.
+        **options: of the law.
+
+    Raises:
+        InvalidInput: an unknown law.
+        IllegalRewrite: the law does not hold here, or both sides compute different numbers.
+    """
+    if law not in LAWS:
+        raise InvalidInput(f"law={law!r}: expected one of {', '.join(LAWS)}")
+    made = LAWS[law](diagram, **options)
+    if check and (error := difference(diagram, made, seed)) > TOLERANCE:
+        raise IllegalRewrite(f"the law {law!r} changed the numbers by {error:.1e}: it does not hold here")
+    return made
+
+
+def difference(one: Diagram, other: Diagram, seed: int = 0) -> float:
+    """The largest relative difference of two diagrams' outputs on the same random inputs and weights."""
+    inputs, weights = random_inputs(one, seed)
+    weights = {**random_weights(other, seed, weights), **weights}
+    first, second = one.run(*inputs, weights=weights), other.run(*inputs, weights=weights)
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (first, second)), strict=True)
+    return max((float((a - b).abs().max() / a.abs().max().clamp_min(1.0)) for a, b in pairs if a.numel()), default=0.0)
+
+
+def random_inputs(diagram: Diagram, seed: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Random inputs in float64 for a diagram (symbolic sizes are drawn too, integers are small), and weights in it."""
+    random = torch.Generator().manual_seed(seed)
+    sizes: dict[str, int] = {}
+    integers = {s.ins[0] for s in diagram.steps if type(s.op).__name__ == "Embedding"}
+
+    def made(array: Array, value: int) -> Tensor:
+        for a in array:
+            sizes.setdefault(a.id, a.size or int(torch.randint(2, 5, (1,), generator=random)))
+        shape = [sizes[a.id] for a in array]
+        if value in integers:
+            return torch.randint(0, 2, shape, generator=random)
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    inputs = [made(diagram.values[v], v) for v in diagram.inputs]
+    held = {n: w.double() if w.is_floating_point() else w for n, w in diagram.weights.items()}
+    return inputs, random_weights(diagram, seed, held, sizes)
+
+
+def random_weights(diagram: Diagram, seed: int, held: dict[str, Tensor], sizes: dict[str, int] | None = None):
+    """Weights of linear steps that a diagram has no numbers for."""
+    random = torch.Generator().manual_seed(seed + 1)
+    sizes, held = sizes or {}, dict(held)
+    for step in diagram.steps:
+        if not isinstance(step.op, Linear):
+            continue
+        axes = diagram.axes_of(step)
+        sides = {}
+        for side, letters in (("in", step.op.before), ("out", step.op.after)):
+            sides[side] = [axes[c].size or sizes.get(axes[c].id, 3) for c in letters]
+        sides["out"], sides["in"] = (sides["in"], sides["out"]) if step.op.transposed else (sides["out"], sides["in"])
+        held.setdefault(
+            f"{step.op.name}.weight", torch.randn(*sides["out"], *sides["in"], generator=random, dtype=torch.float64)
+        )
+        if step.op.bias:
+            held.setdefault(f"{step.op.name}.bias", torch.randn(sides["out"], generator=random, dtype=torch.float64))
+    return held
