@@ -144,3 +144,18 @@ def test_training_in_bfloat16_resumes(tmp_path):
     )
     assert np.mean(report.losses[-10:]) < np.mean(report.losses[:10]) - 0.3
     assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", ["multiplicative", "projected"])
+@pytest.mark.parametrize("init", ["random", "svd", "kmeans"])
+@pytest.mark.parametrize("sparsity", [0.1, 1.0])
+def test_semi_nmf(sparsity, init, solver):
+    from broadsheet.interpretability import SemiNMF
+
+    data = torch.rand(80, 4, generator=generator(0)).double() @ torch.randn(4, 30, generator=generator(1)).double()
+    for batch_size in (None, 32):
+        how = {"init": init, "solver": solver, "max_iter": 8, "batch_size": batch_size}
+        here, there = (SemiNMF(4, sparsity, **how).fit(x) for x in (data, data.to(CUDA)))
+        close(there.features_, here.features_, atol=1e-6)
+        close(there.coefficients_, here.coefficients_, atol=1e-6)
+        close(there.transform(data.to(CUDA)), here.transform(data), atol=1e-4)

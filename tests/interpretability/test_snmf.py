@@ -273,6 +273,25 @@ def test_seeds_say_what_comes_out_and_nothing_global_moves() -> None:
     assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
 
 
+def test_the_best_of_several_starts_is_kept() -> None:
+    data, _, _ = planted(noisy=0.1)
+    settings_: dict[str, Any] = {"n_components": 6, "sparsity": 4 / 60, "init": "kmeans", "max_iter": 20}
+    one, many = (SemiNMF(**settings_, n_init=n, random_state=3).fit(data) for n in (1, 5))
+    assert many.loss_curve_.min() < one.loss_curve_.min()
+    with pytest.raises(InvalidInput, match="n_init=0"):
+        SemiNMF(**settings_, n_init=0).fit(data)
+
+
+def test_clusters_start_apart() -> None:
+    """Twelve groups of tokens, twelve centres: drawn evenly, some group would be missed nearly always."""
+    centres = 10 * noise(12, 30)
+    data = centres.repeat_interleave(20, 0) + 0.1 * noise(240, 30, seed=1)
+    for seed in range(4):
+        codes = initial_coefficients(Source(data), 12, "kmeans", generator(seed))
+        labels = codes.argmax(0).view(12, 20)
+        assert bool((labels == labels[:, :1]).all()) and len(labels[:, 0].unique()) == 12
+
+
 def test_patience_stops() -> None:
     data, _, _ = planted(noisy=0.1)
     found = SemiNMF(6, 0.1, init="svd", max_iter=500, patience=7, tol=1e-3).fit(data)
@@ -362,8 +381,7 @@ def test_batches_find_what_all_at_once_finds() -> None:
     online = SemiNMF(6, 4 / 60, init="random")
     recovered = []
     for _ in range(3):
-        for batch in data.split(200):
-            recovered.append(match_directions(features, online.partial_fit(batch).features_).mean)
+        recovered += [match_directions(features, online.partial_fit(x).features_).mean for x in data.split(200)]
     assert recovered[-1] > 0.99 > recovered[0]
     assert online.n_samples_seen_ == 6000 and online.n_iter_ == 30
     assert int((online.features_ != 0).sum(1).max()) <= 4
@@ -376,9 +394,9 @@ def test_batches_find_what_all_at_once_finds() -> None:
 
 @parametrize_with_checks(
     [
-        SemiNMF(n_components=2, sparsity=1.0, max_iter=50),
-        SemiNMF(n_components=1, sparsity=0.5, max_iter=50, init="svd", solver="projected"),
-        HierarchicalSemiNMF(ranks=(2, 1), sparsity=1.0, max_iter=30),
+        SemiNMF(n_components=2, sparsity=1.0, max_iter=10),
+        SemiNMF(n_components=1, sparsity=0.5, max_iter=10, init="svd", solver="projected"),
+        HierarchicalSemiNMF(ranks=(2, 1), sparsity=1.0, max_iter=5),
     ]
 )
 def test_scikit_learn_contract(estimator: Any, check: Any) -> None:

@@ -650,8 +650,8 @@ def _draw_recovery(records: list[dict]) -> Plate:
     ax.set_title("How much of 20 planted features each method finds")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
-        "Features of 13 among 256 neurons, matched one to one with what each method found (dots: seeds). Singular "
-        "vectors with winner-take-all find all of them; so does an autoencoder at the best of three settings."
+        "Features of 13 among 256 neurons, matched one to one with what each method found (dots: seeds). With "
+        "winner-take-all nearly all are found; so they are by an autoencoder at the best of three settings."
     )
     return Plate("planted-features", figure, caption)
 
@@ -770,7 +770,7 @@ def _draw_tree(record: dict) -> Plate:
     axes = figure.subplots(len(trees), 1, gridspec_kw={"height_ratios": leaves}, squeeze=False)[:, 0]
     for ax, tree in zip(axes, trees, strict=True):
         tree.plot(ax, lambda level, i: names.get(i, f"factor {i}") if level == 0 else f"broad factor {i}")
-        ax.set_xlim(-0.05, 1.6)
+        ax.set_xlim(-0.05, 1.3)
     axes[0].set_title("A tree of planted families")
     caption = (
         "Features of features, first seed: every broad factor with the narrow ones it is made of, which were matched "

@@ -104,6 +104,7 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     # ------------------------------------------------------------------------------------------------- fitting
 
+    @torch.no_grad()
     def fit(
         self,
         X: Any,
@@ -154,6 +155,7 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         assert best is not None
         return best
 
+    @torch.no_grad()
     def partial_fit(self, X: Any, y: Any = None) -> "SemiNMF":
         """Go on with one more batch of activations that need not be kept: for streams larger than memory.
 
@@ -207,6 +209,7 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     # ------------------------------------------------------------------------------------------------- using
 
+    @torch.no_grad()
     def transform(self, X: Any) -> Any:
         """How much of each feature new activations hold: non-negative least squares for the fitted features.
 
