@@ -547,6 +547,14 @@ def test_repair_switches_off_the_named_units(spurious: tuple) -> None:
     # Where the validation pictures carry the digit, too, losing it costs, and fewer units go.
     harmful = edit(model, found, ["red"], sets["none"], sets["none"], tolerance=0.02)
     assert len(harmful.chosen) < 2
+
+    def margin(net: nn.Module) -> float:
+        x, y = sets["none"][0]
+        with torch.no_grad():
+            return float((net(x)[:, 0] * (1.0 - 2 * y)).mean())
+
+    ordered = edit(model, found, ["red"], margin, sets["none"], tolerance=10.0)
+    assert ordered.chosen == (("0", 3), ("0", 2)) and ordered.alone[0] > ordered.alone[1]  # the least harmful first
     with pytest.raises(InvalidInput, match=r"holds any of face.*Frequent words here: .*red"):
         edit(model, found, ["face"], sets["none"], sets["none"])
 
