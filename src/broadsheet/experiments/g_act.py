@@ -59,7 +59,7 @@ from broadsheet.nn.steering import (
 
 TARGET, FAVOURITE = "cedar", "alder"
 MODEL: dict[str, Any] = {"width": 64, "layers": 4, "heads": 4, "hidden": 128}
-TRAIN: dict[str, Any] = {"texts": 5000, "length": 19, "steps": 290, "batch": 32, "lr": 6e-3}
+TRAIN: dict[str, Any] = {"texts": 5000, "length": 19, "steps": 320, "batch": 32, "lr": 6e-3}
 SIZES: dict[str, int] = {"fit": 120, "validation": 30, "test": 60, "neutral": 48, "profile": 36, "samples": 4}
 BUDGET = 0.1  # nats for each token of neutral text
 SHARES = (0.4, 0.55, 0.7, 0.85, 1.0)  # of the strength at which the budget is used up
@@ -599,8 +599,8 @@ def _draw_shares(records: list[dict]) -> Plate:
     return Plate(
         "target-share", figure,
         "Share of answers in the rarest language on new wordings, each method at its best within the same side effect "
-        f"({BUDGET} nats for each token of neutral text); a dot is a seed. Choosing among directions pays where one "
-        "direction cannot serve all prompts, and only there. Asking in the prompt needs no steering at all.",
+        f"({BUDGET} nats for each token of neutral text); a dot is a seed. Left, one direction "
+        "cannot serve all prompts, right it can. Asking in the prompt needs no steering at all.",
     )  # fmt: skip
 
 
