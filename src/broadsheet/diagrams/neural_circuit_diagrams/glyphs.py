@@ -93,7 +93,8 @@ def said(step: Step) -> list[tuple[Run, ...]]:
     if kind == "norm":
         runs = _affix(op.name if op.affine or op.kind == "batch" else "", "b" in op.affine)
         bare = (("∘", "sub"),) if op.kind == "batch" and "w" not in op.affine else ()
-        return [(*((f"{op.label} ", "small"),) if op.label else (), *runs, *bare)] if (op.label or runs or bare) else []
+        marks = ((f"{op.label} ", "small"),) if op.label else ()
+        return [(*marks, *runs, *bare)] if (marks or runs or bare) else []
     if kind == "constant" and op.names:
         return [((op.name, "b" if op.learned else "i"),)]
     if kind == "elementwise":
