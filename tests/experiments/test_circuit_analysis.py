@@ -76,6 +76,6 @@ def test_full_path_reads_mmlu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         f"What is {i} and one?,{i + 1},{i + 3},{i + 4},{i + 5},{'ABCD'[i % 4]}" for i in range(1, 5) for _ in range(10)
     ]
     (folder / "mmlu" / "sums_test.csv").write_text("\n".join(rows), encoding="utf-8")
-    monkeypatch.setattr(circuit_analysis, "FULL", {**circuit_analysis.FULL, "questions": 10, "batch": 16})
+    monkeypatch.setattr(circuit_analysis, "FULL", {**circuit_analysis.FULL, "questions": 16, "batch": 16})
     record = circuit_analysis._own(context)
     assert 0 <= record["accuracy"] <= 1 and record["heads"]

@@ -6,6 +6,7 @@ user's Hugging Face model with MMLU's questions, or with made-up ones.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -300,10 +301,10 @@ def _own(ctx: Context) -> dict[str, Any]:
             part = prompts.select(range(start, min(start + FULL["batch"], len(prompts))))
             right += answered(model, part.batch.to(ctx.device)).tolist()
             task.advance(len(part))
-    known = [i for i, good in enumerate(right) if good]
-    # A model that knows nothing is measured all the same: the method warns of it.
-    known = (known if len(known) >= 16 else list(range(len(prompts))))[: FULL["questions"]]
-    kept = _alike(prompts.select(known))
+    known = _even(prompts, [i for i, good in enumerate(right) if good])
+    # A model that knows nothing, or says one letter only, is measured all the same: the method warns of it.
+    known = known if len(known) >= 16 else _even(prompts, range(len(prompts)))
+    kept = _alike(prompts.select(known[: FULL["questions"]]))
     half = len(kept) // 2
     fit, test = kept.select(range(half)), kept.select(range(half, len(kept)))
     one, other = (s.batch.to(ctx.device) for s in (test, test.corrupted(seed=ctx.seed)))
@@ -328,6 +329,14 @@ def _own(ctx: Context) -> dict[str, Any]:
         "nodes": shares.names, "direct": shares.effects().mean(0).tolist(), "mutated": mutated,
         "ordered": [plain, compression.evaluate(one).accuracy],
     }  # fmt: skip
+
+
+def _even(prompts: MultipleChoiceSet, numbers: Iterable[int]) -> list[int]:
+    """Numbers of questions, those of every right item as often, item after item."""
+    by_item: list[list[int]] = [[] for _ in range(prompts.batch.n_items)]
+    for i in numbers:
+        by_item[prompts.questions[i].answer].append(i)
+    return [i for row in zip(*by_item, strict=False) for i in row]
 
 
 def _first_template(questions: list, tokenizer: Any) -> MultipleChoiceSet:
