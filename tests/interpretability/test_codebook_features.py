@@ -208,17 +208,25 @@ def test_generation_with_and_without_cache_is_the_same(family, positions):
     ids = tiny_inputs(family)
     how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     mask = torch.ones_like(ids)
-    seen = []
+    seen, switched = [], []
 
     def watch(place, x, ids, weights, clock):
         if place == "layers.0.mlp":
             seen.append((clock.offset, x.shape[1]))
+            natural = cb.quantizer(place).assign(x)
+            switched.extend(clock.offset + i for i in (ids != natural).any(-1).any(0).nonzero().flatten().tolist())
+            at = torch.zeros(12, dtype=torch.bool)
+            at[slice(None) if positions is None else 6 if positions == -1 else positions] = True
+            now = at[clock.offset : clock.offset + x.shape[1]]
+            assert bool((ids[:, now] == 3).all())
+            assert torch.equal(ids[:, ~now], natural[:, ~now])
         return ids, weights
 
     on = {("layers.0.mlp", 3): positions, ("layers.1.attn.head.1", 5): positions}
-    with cb.edited(watch), intervene(cb, on):
+    with intervene(cb, on), cb.edited(watch):
         cached = cb.generate(ids, attention_mask=mask, use_cache=True, **how)
     assert seen == [(0, 7), *((7 + i, 1) for i in range(4))]  # every column once
+    assert len(switched) == len(set(switched))
     with intervene(cb, on):
         whole = cb.generate(ids, attention_mask=mask, use_cache=False, **how)
         beams = cb.generate(ids, attention_mask=mask, num_beams=2, **how)
