@@ -8,7 +8,7 @@ from html import escape
 from broadsheet.diagrams.neural_circuit_diagrams.axes import Axis
 from broadsheet.diagrams.neural_circuit_diagrams.diagram import Diagram, Step
 from broadsheet.diagrams.neural_circuit_diagrams.glyphs import Pen, glyph_width, paint
-from broadsheet.diagrams.neural_circuit_diagrams.layout import GAP, Plan, Slot, plan, slots
+from broadsheet.diagrams.neural_circuit_diagrams.layout import GAP, Plan, Slot, slots, tidied
 from broadsheet.diagrams.neural_circuit_diagrams.scene import Path, Run, Scene, Text, curve, rectangle, runs_width
 
 MARGIN = 16.0
@@ -38,7 +38,7 @@ def scene(
     Returns:
         The drawing's parts; ``Scene.svg()`` is the document.
     """
-    layout = plan(diagram)
+    diagram, layout = tidied(diagram)
     names = axis_names(diagram)
     labels = _labels(diagram, layout, names, sizes)
     ends = _ends(diagram, layout)
@@ -210,6 +210,9 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
             pen.dash((x0, (a + b) / 2), (x1, (a + b) / 2))
         if totals is not None:
             made.labels.append(Text((x0 + x1) / 2, bottom - 4, totals[0][t], 11, "cost held"))
+    for x0, x1 in spans:  # a mark under every column of data: what stands between two marks is one column of steps
+        middle = (x0 + x1) / 2
+        made.back.append(Path((("M", middle, bottom + 2), ("L", middle, bottom + 6)), "column", width=0.6))
     for t in range(first, last):
         a, b = spans[t - first][1], spans[t - first + 1][0]
         left = {slot: y + shift for slot, y in layout.heights[t].items()}
@@ -258,9 +261,9 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
                 made.labels.append(Text(place, middle + 4, runs, LABEL_SIZE, "note"))
     right_end = spans[-1][1] + (ends[1] if r + 1 == n_rows else 10.0)
     made.width = max(made.width, right_end)
-    panel = rectangle((MARGIN / 2, top, right_end + MARGIN / 2, bottom), "row", "none", width=0)
+    panel = rectangle((MARGIN / 2, top, right_end + MARGIN / 2, bottom + 7), "row", "none", width=0)
     made.back.append(panel)
-    return bottom
+    return bottom + 7
 
 
 def _carry_width(diagram, layout, names, t: int) -> float:

@@ -73,6 +73,11 @@ class Generator:
         return None
 
     @property
+    def marked(self) -> tuple[str, ...]:
+        """Letters whose wires end at the glyph in a small square, where its wires are not all alike."""
+        return ()
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the weights that it reads."""
         return ()

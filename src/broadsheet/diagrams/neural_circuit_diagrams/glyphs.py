@@ -215,7 +215,7 @@ def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float |
         if not row and scalars and not step.op.glyph == "box":
             pen.piece((at.a, scalars[0]), [curve(at.a, scalars[0], at.b, ys[0])], (at.b, ys[0]), "", "wire scalar")
     if dots:
-        pen.scene.glyphs.append(Group("dots", list(dots)))
+        pen.scene.glyphs.append(Group("glyph dots", list(dots)))
 
 
 def _spider(pen: Pen, at: Place, c: str, into: list[float], out: list[float], x: float) -> list[Path]:
@@ -260,11 +260,8 @@ def _web(pen: Pen, at: Place, number: int) -> None:
         pen.piece((at.a, y), [("L", at.a + 8, y)], (at.a + 8, y), "", "wire scalar")
     if not step.at.outs[0]:
         pen.piece((at.b - 8, at.outs[0][0]), [("L", at.b, at.outs[0][0])], (at.b, at.outs[0][0]), "", "wire scalar")
-    pen.glyph("web", [*dots, *_frame(at)], number)
-
-
-def _frame(at: Place) -> list[Path]:
-    return []
+    if dots:
+        pen.glyph("web", list(dots), number)
 
 
 def _stub(pen: Pen, at: Place, x0: float, x1: float) -> None:
@@ -310,7 +307,15 @@ def _solid(pen: Pen, at: Place, number: int, kind: str, shape: Callable, pad: fl
     texts = [
         Text(at.middle, middle + 4 + 12 * (i - (len(lines) - 1) / 2), line, SIZE, "said") for i, line in enumerate(lines)
     ]
-    pen.glyph(kind, [shape(x0, top, x1, bottom), *texts], number)
+    ports = []
+    for x, rows, heights, core in (
+        (x0, at.step.at.ins, at.ins, at.step.op.eats),
+        (x1, at.step.at.outs, at.outs, at.step.op.emits),
+    ):
+        for y, c in at._core(core, rows, heights):
+            if c in at.step.op.marked:
+                ports.append(rectangle((x - 2.4, y - 2.4, x + 2.4, y + 2.4), "port", "black", width=0))
+    pen.glyph(kind, [shape(x0, top, x1, bottom), *ports, *texts], number)
 
 
 def _box(pen: Pen, at: Place, number: int) -> None:

@@ -6,7 +6,7 @@ Heights come from one linear programme: wires that go on should stay level, unde
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import linprog
@@ -14,6 +14,8 @@ from scipy.sparse import coo_matrix
 
 from broadsheet.diagrams.neural_circuit_diagrams.columns import columns
 from broadsheet.diagrams.neural_circuit_diagrams.diagram import Diagram, Step
+from broadsheet.diagrams.neural_circuit_diagrams.generators import Add, Copy
+from broadsheet.diagrams.neural_circuit_diagrams.linear import Einsum
 
 PITCH = 22.0  # between the wires of an array
 GAP = 46.0  # between arrays: a dashed line in the middle, and room for a function that floats over the wires
@@ -65,6 +67,38 @@ def _inversions(row: list[int]) -> int:
 def slots(diagram: Diagram, value: int) -> list[Slot]:
     """The wires of an array from top to bottom."""
     return [(value, i) for i in range(max(1, len(diagram.values[value])))]
+
+
+def tidied(diagram: Diagram) -> tuple[Diagram, Plan]:
+    """The diagram with inputs of sums and webs, and branches of copies, in the order that needs the fewest swaps.
+
+    What comes back computes the same: sums and contractions do not care for the order of their inputs.
+    """
+    best = _ordered(diagram)
+    for _ in range(4):
+        if not best.swaps:
+            break
+        steps = list(diagram.steps)
+        for t, change in enumerate(best.transitions):
+            before = best.boundaries[t - 1] if t and best.transitions[t - 1].swap else best.boundaries[t]
+            after = best.boundaries[t + 2] if t + 1 < len(best.transitions) and best.transitions[t + 1].swap else None
+            for item in change.items:
+                if item.step is None:
+                    continue
+                step = steps[item.step]
+                if isinstance(step.op, Add | Einsum) and len(step.ins) > 1:
+                    order = sorted(range(len(step.ins)), key=lambda i: before.index(step.ins[i]))
+                    at = replace(step.at, ins=tuple(step.at.ins[i] for i in order))
+                    steps[item.step] = replace(step, ins=tuple(step.ins[i] for i in order), at=at)
+                elif isinstance(step.op, Copy) and after is not None:
+                    steps[item.step] = replace(step, outs=tuple(sorted(step.outs, key=after.index)))
+        changed = replace(diagram, steps=tuple(steps))
+        found = _ordered(changed)
+        if found.swaps >= best.swaps:
+            break
+        diagram, best = changed, found
+    best.heights = _heights(diagram, best)
+    return diagram, best
 
 
 def plan(diagram: Diagram) -> Plan:

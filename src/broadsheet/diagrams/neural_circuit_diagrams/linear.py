@@ -209,6 +209,10 @@ class Conv(Generator):
         return marks + (" T" if self.transposed else "")
 
     @property
+    def marked(self):
+        return self.channels
+
+    @property
     def eats(self):
         return ((self.channels[0], *self.before),)
 

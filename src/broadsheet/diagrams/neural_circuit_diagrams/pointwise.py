@@ -317,6 +317,10 @@ class Mask(Generator):
         return "causal"
 
     @property
+    def marked(self):
+        return (self.rows,)
+
+    @property
     def eats(self):
         return ((self.rows, self.columns),)
 
