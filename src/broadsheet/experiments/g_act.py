@@ -617,7 +617,9 @@ def _draw_strength(records: list[dict]) -> Plate:
     axes[1].set(ylabel="perplexity of neutral text", title="what it costs")
     for ax in axes:
         ax.set_xlabel("strength, in mean norms of the last layer")
-    axes[0].legend(loc="upper left")
+    axes[0].set_ylim(-0.02, 1.25)
+    axes[0].set_yticks(np.linspace(0, 1, 6))
+    axes[0].legend(loc="upper left", ncols=2)
     axes[1].set_ylim(bottom=0)
     return Plate(
         "strength", figure,
