@@ -55,11 +55,12 @@ def save_pair(folder: Path) -> None:
     texts = [*experiment.FULL["words"], *experiment.FULL["words"].values(), *experiment.FULL["neutral"]]
     words = ["<bos>", "<pad>", "<unk>", *dict.fromkeys(" ".join(texts).split())]
     model: Any = small_language_model(len(words), width=16, layers=2, heads=2, hidden=48)
+    model.lm_head.weight.data *= 20  # untrained rows are so short that no hidden state could make a word probable
     # Both words have a neuron that is surest of them.
     for neuron, word in enumerate(experiment.FULL["words"]):
         row = model.lm_head.weight.data[words.index(word)]
-        model.model.layers[1].mlp.up_proj.weight.data[neuron] = 60 * row
-        model.model.layers[1].mlp.down_proj.weight.data[:, neuron] = 1e4 * row
+        model.model.layers[1].mlp.up_proj.weight.data[neuron] = 3 * row
+        model.model.layers[1].mlp.down_proj.weight.data[:, neuron] = 1e3 * row
     for name in ("Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct"):
         model.save_pretrained(folder / name, max_shard_size="10KB")
         word_tokenizer(words).save_pretrained(folder / name)
