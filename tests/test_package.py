@@ -17,7 +17,7 @@ SOURCE = Path(broadsheet.__file__).parent
 HEAVY = {"torch", "transformers", "matplotlib", "pandas", "scipy", "sklearn", "pydantic", "mne"} | {
     *("fastapi", "starlette", "sqlalchemy", "alembic", "tantivy", "usearch", "httpx"),
 }
-FIELDS = ("interpretability", "evaluation", "geometry", "generative", "recordings")
+FIELDS = ("interpretability", "evaluation", "geometry", "generative", "recordings", "diagrams")
 
 
 def loaded_after(code):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from broadsheet import __version__, cli_feed, cli_index, cli_people, cli_web
+from broadsheet import __version__, cli_draw, cli_feed, cli_index, cli_people, cli_web
 from broadsheet.errors import BroadsheetError
 
 
@@ -436,6 +436,8 @@ def new(
         typer.echo(file)
     typer.echo("Next: the catalogue entry, then the method, its tests and its experiment (see CONTRIBUTING.md).")
 
+
+app.command("draw")(cli_draw.draw)
 
 # The feed: its commands have files of their own.
 app.command("serve")(cli_web.serve)

@@ -14,9 +14,9 @@ SIZES = {"y": 3, "x": 4, "k": 5, "h": 2}
 
 
 def attention(sizes=SIZES):
-    return (
-        ncd.einsum("y k h, x k h -> y x h", sizes) >> ncd.scale(0.5) >> ncd.softmax("x")
-    ) & ncd.wires("x k h", sizes)
+    return (ncd.einsum("y k h, x k h -> y x h", sizes) >> ncd.scale(0.5) >> ncd.softmax("x")) & ncd.wires(
+        "x k h", sizes
+    )
 
 
 def whole_attention(sizes=SIZES):

@@ -31,19 +31,24 @@ from broadsheet.diagrams.neural_circuit_diagrams.language import (
     wires,
 )
 from broadsheet.diagrams.neural_circuit_diagrams.laws import IllegalRewrite
+from broadsheet.diagrams.neural_circuit_diagrams.read import read_svg
+from broadsheet.diagrams.neural_circuit_diagrams.trace import DepthWarning, TrainModeWarning, diagram, opaque_share
 
 __all__ = [
     "Axis",
     "BackwardPair",
     "Cost",
+    "DepthWarning",
     "Diagram",
     "IllegalRewrite",
+    "TrainModeWarning",
     "add",
     "axes",
     "causal",
     "concat",
     "conv",
     "copy",
+    "diagram",
     "discard",
     "einsum",
     "elementwise",
@@ -54,7 +59,9 @@ __all__ = [
     "linear",
     "norm",
     "op",
+    "opaque_share",
     "permute",
+    "read_svg",
     "reduce",
     "scale",
     "softmax",

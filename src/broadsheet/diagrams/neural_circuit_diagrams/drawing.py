@@ -21,7 +21,7 @@ PAD = 12.0
 
 def scene(
     diagram: Diagram,
-    width: float = 1000.0,
+    width: float | int = 1000.0,
     title: str = "",
     cost: bool = False,
     sizes: bool = True,
@@ -120,7 +120,7 @@ def _labels(diagram: Diagram, layout: Plan, names: dict[str, str], sizes: bool) 
     return rows
 
 
-def _ends(diagram: Diagram, layout: Plan) -> tuple[float, float]:
+def _ends(diagram: Diagram, layout: Plan) -> tuple[float | int, float | int]:
     """Room for notes (saved values) at the left and right ends."""
     notes = [[diagram.notes[v] for v in side if v in diagram.notes] for side in (diagram.inputs, diagram.outputs)]
     left, right = (max([runs_width(_note(n, False), LABEL_SIZE) + 10 for n in side], default=0.0) for side in notes)
@@ -160,7 +160,7 @@ def _short(value) -> str:
     return f"{value:.0f}"
 
 
-def _rows(types: list[float], steps: list[float], width: float) -> list[tuple[int, int]]:
+def _rows(types: list[float | int], steps: list[float | int], width: float | int) -> list[tuple[int, int]]:
     """First and last boundary of every row; a row ends and the next begins at the same boundary."""
     rows, first, used = [], 0, types[0]
     for t, step in enumerate(steps):
@@ -171,14 +171,14 @@ def _rows(types: list[float], steps: list[float], width: float) -> list[tuple[in
     return [*rows, (first, len(steps))]
 
 
-def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_rows, ends, totals, names) -> float:
+def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_rows, ends, totals, names) -> float | int:
     heights = [layout.heights[t] for t in range(first, last + 1)]
     values = [y for row in heights for y in row.values()]
     lowest, highest = min(values, default=0.0), max(values, default=0.0)
     shift = top + HEAD - lowest
     bottom = highest + shift + 16 + (16 if totals is not None else 0)
     x = MARGIN + (ends[0] if r == 0 else 12.0)
-    spans: list[tuple[float, float]] = []
+    spans: list[tuple[float | int, float | int]] = []
     for t in range(first, last + 1):
         wide = types[t]
         if t == first and r > 0:
@@ -266,7 +266,7 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
     return bottom + 7
 
 
-def _carry_width(diagram, layout, names, t: int) -> float:
+def _carry_width(diagram, layout, names, t: int) -> float | int:
     texts = [_axis_runs(a, names[a.id], False) for v in layout.boundaries[t] for a in diagram.values[v]]
     return max([runs_width(runs, LABEL_SIZE) for runs in texts], default=0.0) + PAD
 

@@ -201,7 +201,7 @@ BOLD = {
 _WIDTHS = {bold: {c: w for w, letters in table.items() for c in letters} for bold, table in ((False, REGULAR), (True, BOLD))}
 
 
-def text_width(text: str, size: float, bold: bool = False) -> float:
+def text_width(text: str, size: float | int, bold: bool = False) -> float | int:
     """The width of a text in the unit of ``size``; letters that the table lacks count as an m."""
     table = _WIDTHS[bold]
     return sum(table.get(c, 0 if c == "\u0305" else 974) for c in text) * size / 1000

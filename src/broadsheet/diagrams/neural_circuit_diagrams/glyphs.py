@@ -23,7 +23,7 @@ from broadsheet.diagrams.neural_circuit_diagrams.scene import (
 
 SIZE = 11.0
 SMALL = 10.0
-Point = tuple[float, float]
+Point = tuple[float | int, float | int]
 
 
 class Pen:
@@ -122,7 +122,7 @@ def _affix(name: str, bias: bool) -> tuple[Run, ...]:
     return (*runs, ("+", "sub")) if bias else runs
 
 
-def glyph_width(step: Step) -> float:
+def glyph_width(step: Step) -> float | int:
     """How wide a step's column must be for it."""
     op: Any = step.op
     text = max([runs_width(line, SIZE) for line in said(step)], default=0.0)
@@ -148,7 +148,7 @@ def glyph_width(step: Step) -> float:
     }.get(kind, text + 14)
 
 
-def _web_width(step: Step) -> float:
+def _web_width(step: Step) -> float | int:
     inputs = [c for array in step.at.ins for c in array]
     cups = [c for c in dict.fromkeys(inputs) if inputs.count(c) == 2 and c not in step.at.outs[0]]
     n_swaps = [c for c in step.at.outs[0] if c in inputs]
@@ -163,7 +163,7 @@ def _web_width(step: Step) -> float:
 class Place:
     """A step's wires in a column."""
 
-    def __init__(self, diagram: Diagram, step: Step, a: float, b: float, left, right) -> None:
+    def __init__(self, diagram: Diagram, step: Step, a: float | int, b: float | int, left, right) -> None:
         self.step, self.a, self.b = step, a, b
         self.ins = [[left[s] for s in slots(diagram, v)] for v in step.ins]
         self.outs = [[right[s] for s in slots(diagram, v)] for v in step.outs]
@@ -172,13 +172,13 @@ class Place:
             c: f' data-axis="{escape(axis.name)}"' for c, axis in diagram.axes_of(step).items()
         }
 
-    def eaten(self) -> list[float]:
+    def eaten(self) -> list[float | int]:
         return [y for y, _ in self._core(self.step.op.eats, self.step.at.ins, self.ins)]
 
-    def emitted(self) -> list[float]:
+    def emitted(self) -> list[float | int]:
         return [y for y, _ in self._core(self.step.op.emits, self.step.at.outs, self.outs)]
 
-    def _core(self, core, rows, heights) -> list[tuple[float, str]]:
+    def _core(self, core, rows, heights) -> list[tuple[float | int, str]]:
         found = []
         for i, (letters, ys) in enumerate(zip(rows, heights, strict=True)):
             mine = letters if core is None or i >= len(core) else core[i]
@@ -193,13 +193,13 @@ def _touched(step: Step) -> tuple[list[str], list[str]]:
     return into, out
 
 
-def paint(pen: Pen, diagram: Diagram, step: Step, number: int, t: int, a: float, b: float, left, right) -> None:
+def paint(pen: Pen, diagram: Diagram, step: Step, number: int, t: int, a: float | int, b: float | int, left, right) -> None:
     """Draw one step between ``a`` and ``b``."""
     at = Place(diagram, step, a, b, left, right)
     PAINTERS.get(step.op.glyph, _box)(pen, at, number)
 
 
-def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float | None = None) -> None:
+def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float | int | None = None) -> None:
     """Wires that the step does not touch: one that several inputs have is joined at a dot, one that only outputs have
     begins at a dot."""
     step = at.step
@@ -218,7 +218,7 @@ def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float |
         pen.scene.glyphs.append(Group("glyph dots", list(dots)))
 
 
-def _spider(pen: Pen, at: Place, c: str, into: list[float], out: list[float], x: float) -> list[Path]:
+def _spider(pen: Pen, at: Place, c: str, into: list[float | int], out: list[float | int], x: float | int) -> list[Path]:
     data = at.names.get(c, "")
     if not into and not out:
         return []
@@ -264,7 +264,7 @@ def _web(pen: Pen, at: Place, number: int) -> None:
         pen.glyph("web", list(dots), number)
 
 
-def _stub(pen: Pen, at: Place, x0: float, x1: float) -> None:
+def _stub(pen: Pen, at: Place, x0: float | int, x1: float | int) -> None:
     """Level pieces from the column's edges to a glyph between ``x0`` and ``x1``."""
     step = at.step
     for side, rows, heights, core in (
@@ -276,14 +276,14 @@ def _stub(pen: Pen, at: Place, x0: float, x1: float) -> None:
             pen.piece(start, [("L", *end)], end, at.names.get(c, ""))
 
 
-def _bounds(at: Place) -> tuple[float, float]:
+def _bounds(at: Place) -> tuple[float | int, float | int]:
     ys = [*at.eaten(), *at.emitted()]
     if not ys:
         ys = [y for row in (*at.ins, *at.outs) for y in row]
     return min(ys), max(ys)
 
 
-def _solid(pen: Pen, at: Place, number: int, kind: str, shape: Callable, pad: float = 9.0) -> None:
+def _solid(pen: Pen, at: Place, number: int, kind: str, shape: Callable, pad: float | int = 9.0) -> None:
     """A glyph with text inside that wires end at."""
     lines = said(at.step)
     wide = max([runs_width(line, SIZE) for line in lines], default=0.0) + 10
@@ -436,7 +436,7 @@ def _reduce(pen: Pen, at: Place, number: int) -> None:
     pen.glyph("reduce", parts, number)
 
 
-def _bar(low: float, high: float, x: float) -> Path:
+def _bar(low: float | int, high: float | int, x: float | int) -> Path:
     return rectangle((x - 2.2, low - 7, x + 2.2, high + 7), "bar", "black", width=0)
 
 

@@ -13,10 +13,10 @@ SIZES = {"sup": 0.72, "sub": 0.72, "small": 0.72}
 SHIFT = {"sup": -0.38, "sub": 0.22, "small": 0.0}
 
 Run = tuple[str, str]
-Box = tuple[float, float, float, float]
+Box = tuple[float | int, float | int, float | int, float | int]
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """A coordinate, rounded so that drawings are the same everywhere."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
@@ -33,14 +33,14 @@ class Text:
         kind: class of the element.
     """
 
-    x: float
-    y: float
+    x: float | int
+    y: float | int
     runs: tuple[Run, ...]
-    size: float = 11
+    size: float | int = 11
     kind: str = "label"
 
     @property
-    def width(self) -> float:
+    def width(self) -> float | int:
         """Of all runs, from the font table."""
         return runs_width(self.runs, self.size)
 
@@ -67,7 +67,7 @@ class Text:
         return f'<text class="{self.kind}" {place} text-anchor="middle">{"".join(parts)}</text>'
 
 
-def runs_width(runs: Sequence[Run], size: float) -> float:
+def runs_width(runs: Sequence[Run], size: float | int) -> float | int:
     """The width of runs set side by side."""
     total = 0.0
     for text, style in runs:
@@ -85,7 +85,7 @@ class Path:
     fill: str = "none"
     data: str = ""
     dash: str = ""
-    width: float = 1.4
+    width: float | int = 1.4
 
     def svg(self) -> str:
         """The element."""
@@ -127,8 +127,8 @@ class Group:
 class Scene:
     """A whole drawing."""
 
-    width: float = 0.0
-    height: float = 0.0
+    width: float | int = 0.0
+    height: float | int = 0.0
     title: str = ""
     back: list[Path] = field(default_factory=list)
     wires: list[Path] = field(default_factory=list)
@@ -148,7 +148,7 @@ class Scene:
         )
 
 
-def rectangle(box: Box, kind: str = "shape", fill: str = "white", width: float = 1.2, round: float = 0.0) -> Path:
+def rectangle(box: Box, kind: str = "shape", fill: str = "white", width: float | int = 1.2, round: float | int = 0.0) -> Path:
     """A box as a path, with rounded corners if wanted."""
     x0, y0, x1, y1 = box
     r = min(round, (x1 - x0) / 2, (y1 - y0) / 2)
@@ -163,18 +163,18 @@ def rectangle(box: Box, kind: str = "shape", fill: str = "white", width: float =
     return Path(commands, kind, fill, width=width)
 
 
-def polygon(*points: tuple[float, float], kind: str = "shape", fill: str = "white", width: float = 1.2) -> Path:
+def polygon(*points: tuple[float | int, float | int], kind: str = "shape", fill: str = "white", width: float | int = 1.2) -> Path:
     """Corners joined by lines."""
     lines = tuple(("M" if i == 0 else "L", *point) for i, point in enumerate(points))
     return Path((*lines, ("Z",)), kind, fill, width=width)
 
 
-def dot(x: float, y: float, r: float = 3.2) -> Path:
+def dot(x: float | int, y: float | int, r: float | int = 3.2) -> Path:
     """A filled dot."""
     return Path(rectangle((x - r, y - r, x + r, y + r), round=r).commands, "dot", "black", width=0)
 
 
-def curve(x0: float, y0: float, x1: float, y1: float) -> tuple:
+def curve(x0: float | int, y0: float | int, x1: float | int, y1: float | int) -> tuple:
     """From one point to another with horizontal tangents: a straight line where they are level."""
     if abs(y0 - y1) < 1e-6:
         return ("L", x1, y1)

@@ -27,6 +27,13 @@ from broadsheet.errors import InvalidInput
 DEFAULT_NAMES = {1: "m", 2: "b m", 3: "b x m", 4: "b c y x", 5: "b c z y x"}
 
 
+LIMIT = 400
+
+
+class DepthWarning(UserWarning):
+    """A module of more steps than anybody reads: it is drawn less deep."""
+
+
 class TrainModeWarning(UserWarning):
     """A module in train mode: it is drawn as it computes in eval mode."""
 
@@ -63,9 +70,8 @@ class Tracer:
         self.build = Builder()
         self.parent: dict[str, str] = {}
         self.opaque: list[str] = []
-        self.fixed: dict[int, int] = {}
-        self.users: Callable[[Any], int] = lambda node: 2
         self.short: dict[str, str] = {}
+        self.alone = False
 
     # ------------------------------------------------------------------------------------------------------- wires
 
@@ -462,7 +468,6 @@ def diagram(
             args = torch.fx.node.map_arg(node.args, lambda n: env[n])
             kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
             before = len(tracer.build.steps)
-            tracer.users = lambda n, node=node: len(n.users)
             env[node] = _call(tracer, node, args, kwargs, RULES, constant_rule)
             name = str(node.target).split(".")[-2] if "." in str(node.target) else str(node.target)
             if name.endswith("_") and not name.startswith("_") and node.args and isinstance(node.args[0], torch.fx.Node):
@@ -473,6 +478,14 @@ def diagram(
     made = tracer.build.finish(values)
     needed = {name for s in made.steps for name in s.op.names}
     made = replace(made, weights={n: w for n, w in made.weights.items() if n in needed})
+    if depth is None and len(made.steps) > LIMIT:
+        warnings.warn(
+            f"{len(made.steps)} steps: drawn as boxes of submodules. depth=2, 3, ... goes deeper, and a submodule can be"
+            " drawn by itself",
+            DepthWarning,
+            stacklevel=2,
+        )
+        depth = 1 if len(grouped(made, 1, collapse_repeats).steps) <= LIMIT else 0
     return made if depth is None else grouped(made, depth, collapse_repeats)
 
 
