@@ -201,7 +201,7 @@ def _chosen(
         if count >= n:
             break
     if not xs or len(torch.cat(ys)[:n].unique()) < 2:
-        raise InvalidInput(f"{min(count, n)} images that every model is rightly sure of: two classes of them are needed")
+        raise InvalidInput(f"{min(count, n)} images that every model is rightly sure of: two classes are needed")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
 
