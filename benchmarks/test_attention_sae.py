@@ -58,7 +58,7 @@ def test_saelens(benchmark: Any, size: tuple[int, ...]) -> None:
         config = lens.StandardTrainingSAEConfig(d_in=heads * d_head, d_sae=n_features, l1_coefficient=1.0)
         trainer = SAETrainer(
             SAETrainerConfig(
-                total_training_samples=steps * batch, train_batch_size_samples=batch, lr=1e-3,
+                total_training_samples=steps * batch, train_batch_size_samples=batch, lr=1e-3, lr_end=1e-3,
                 logger=LoggingConfig(log_to_wandb=False),
             ),
             lens.StandardTrainingSAE(config), iter(rows),

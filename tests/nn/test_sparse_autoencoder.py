@@ -268,3 +268,21 @@ def test_all_dead_is_told():
         sae.b_enc.fill_(-1e3)
     with pytest.raises(TrainingDiverged, match="every feature is dead"):
         sae.fit(itertools.repeat(x), steps=3)
+
+
+def test_training_computes_the_same_features_and_gradients():
+    x = planted(40)[0].double()
+    sae = SparseAutoencoder(16, 20, scale=1.7).double()
+    with torch.no_grad():
+        sae.b_dec += 0.3
+        sae.b_enc -= 0.1
+    found = {}
+    for training in (True, False):
+        sae.train(training)
+        rebuilt, f = sae(x)
+        sae.zero_grad()
+        ((x - rebuilt).square().sum() + f.sum()).backward()
+        found[training] = (f.detach(), *(p.grad.clone() for p in sae.parameters()))
+    for fast, plain in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-8)
+    assert found[True][0].count_nonzero() > 50

@@ -77,7 +77,12 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch features"]:
         """How active every feature is, at least 0."""
         self._check(x)
-        return self._encode(x.to(self.W_enc.dtype) * self._scale) / self._scale
+        x = x.to(self.W_enc.dtype)
+        if self.training:
+            # The same, without the gradient of every input (a whole product of matrices, of which b_dec needs the sum
+            # only) and without a pass over all features for the scale.
+            return torch.relu(x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc) / self._scale)
+        return self._encode(x * self._scale) / self._scale
 
     def decode(self, f: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch d"]:
         """The reconstruction of given activations."""
@@ -172,7 +177,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         def loss_fn(model: Any, x: Tensor) -> Tensor:
             nonlocal seen
             rebuilt, f = model(x)
-            fired.add_((f.detach() > 0).sum(0))
+            fired.add_(f.detach().sign().sum(0))
             seen += len(x)
             off = (x.to(rebuilt) - rebuilt) * self._scale
             return off.square().sum(-1).mean() + l1 * self._scale * f.sum(-1).mean()
