@@ -106,7 +106,7 @@ def test_no_label_or_glyph_lies_on_another(name, width):
             continue
         assert not overlap(a, b), (one, other, a, b)
     for _, box in [*labels, *glyphs]:
-        assert 0 <= box[0] and box[2] <= made.width and 0 <= box[1] and box[3] <= made.height
+        assert box[0] >= 0 and box[2] <= made.width and box[1] >= 0 and box[3] <= made.height
 
 
 @every

@@ -16,7 +16,9 @@ def columns(diagram: Diagram) -> list[list[int]]:
     # What starts from nothing or ends in nothing waits for its user, so that no wire is longer than it must be.
     for i in reversed(range(len(diagram.steps))):
         step = diagram.steps[i]
-        alone = all(v in maker and not diagram.steps[maker[v]].ins for v in step.ins) and not isinstance(step.op, Discard)
+        alone = all(v in maker and not diagram.steps[maker[v]].ins for v in step.ins) and not isinstance(
+            step.op, Discard
+        )
         users = [place[user[v]] for v in step.outs if v in user]
         if alone and users and len(users) == len(step.outs):
             place[i] = max(place[i], min(users) - 1)

@@ -223,9 +223,7 @@ class Diagram:
 
     def shifted(self, by: int) -> Diagram:
         """The same with other numbers for its values."""
-        steps = [
-            replace(s, ins=tuple(v + by for v in s.ins), outs=tuple(v + by for v in s.outs)) for s in self.steps
-        ]
+        steps = [replace(s, ins=tuple(v + by for v in s.ins), outs=tuple(v + by for v in s.outs)) for s in self.steps]
         return Diagram(
             {v + by: array for v, array in self.values.items()},
             tuple(steps),
@@ -409,7 +407,9 @@ def identity(*arrays: Array) -> Diagram:
     return Diagram.of(dict(enumerate(arrays)), [], numbers, numbers)
 
 
-def single(op: Generator, at: Pattern, axes: Mapping[str, Axis], weights: Mapping[str, Tensor] | None = None) -> Diagram:
+def single(
+    op: Generator, at: Pattern, axes: Mapping[str, Axis], weights: Mapping[str, Tensor] | None = None
+) -> Diagram:
     """A diagram of one step."""
     n = len(at.ins)
     values = {i: tuple(axes[c] for c in letters) for i, letters in enumerate((*at.ins, *at.outs))}

@@ -42,13 +42,12 @@ def scene(
     names = axis_names(diagram)
     labels = _labels(diagram, layout, names, sizes)
     ends = _ends(diagram, layout)
-    types = [
-        max([runs_width(runs, LABEL_SIZE) for runs in row.values()], default=0.0) + PAD for row in labels
-    ]
+    types = [max([runs_width(runs, LABEL_SIZE) for runs in row.values()], default=0.0) + PAD for row in labels]
     steps = [
         SWAP_WIDTH
         if change.swap
-        else max([glyph_width(diagram.steps[item.step]) for item in change.items if item.step is not None], default=0) + 16
+        else max([glyph_width(diagram.steps[item.step]) for item in change.items if item.step is not None], default=0)
+        + 16
         for change in layout.transitions
     ]
     totals = _totals(diagram, layout) if cost else None
@@ -221,7 +220,9 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
         if change.swap:
             for value in layout.boundaries[t]:
                 for slot in slots(diagram, value):
-                    pen.line(slot, t, (a, left[slot]), (b, right[slot]), _data(diagram, slot), not diagram.values[value])
+                    pen.line(
+                        slot, t, (a, left[slot]), (b, right[slot]), _data(diagram, slot), not diagram.values[value]
+                    )
             continue
         previous = None
         for item in change.items:
@@ -249,7 +250,12 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
             if goes_on:
                 start = x - 9 if side == 0 else x
                 made.back.append(
-                    Path((("M", start, y - 3.5), ("L", start + 6, y), ("L", start, y + 3.5), ("Z",)), "row-end", "black", width=0)
+                    Path(
+                        (("M", start, y - 3.5), ("L", start + 6, y), ("L", start, y + 3.5), ("Z",)),
+                        "row-end",
+                        "black",
+                        width=0,
+                    )
                 )
             elif slot[0] in diagram.notes and slot[1] == 0:
                 runs = _note(diagram.notes[slot[0]], side == 1)

@@ -38,7 +38,9 @@ def save(diagram: Diagram, path: Any, **options: Any) -> File:
     if file.suffix == ".svg":
         file.write_text(scene(diagram, **options).svg(), encoding="utf-8")
     elif file.suffix in (".pdf", ".png"):
-        figure(scene(diagram, **options)).savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+        figure(scene(diagram, **options)).savefig(
+            file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None
+        )
     else:
         raise InvalidInput(f"{file.name}: expected a name that ends in .svg, .pdf or .png")
     return file

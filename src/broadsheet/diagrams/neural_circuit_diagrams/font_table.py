@@ -20,7 +20,7 @@ REGULAR = {
     392: "tţťŧ",
     401: "!¡²³¹₀₁₂₃₄₅₆₇₈₉⁰¹²³⁴⁵⁶⁷⁸⁹",
     411: "rŕŗř",
-    460: "\"",
+    460: '"',
     471: "ªº",
     500: "*_`§¨¯°´¸–",
     517: "∂",
@@ -116,7 +116,7 @@ BOLD = {
     479: "ľ",
     493: "rŕŗř",
     500: "_`§¨¯°´¸–",
-    521: "\"",
+    521: '"',
     523: "*",
     544: "∂",
     557: "ŀέε",
@@ -198,7 +198,9 @@ BOLD = {
 }
 
 
-_WIDTHS = {bold: {c: w for w, letters in table.items() for c in letters} for bold, table in ((False, REGULAR), (True, BOLD))}
+_WIDTHS = {
+    bold: {c: w for w, letters in table.items() for c in letters} for bold, table in ((False, REGULAR), (True, BOLD))
+}
 
 
 def text_width(text: str, size: float | int, bold: bool = False) -> float | int:

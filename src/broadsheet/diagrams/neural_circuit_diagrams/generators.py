@@ -82,7 +82,9 @@ class Generator:
         """Names of the weights that it reads."""
         return ()
 
-    def run(self, xs: list[Tensor], at: Pattern, size: Mapping[str, int], weights: Mapping[str, Tensor]) -> list[Tensor]:
+    def run(
+        self, xs: list[Tensor], at: Pattern, size: Mapping[str, int], weights: Mapping[str, Tensor]
+    ) -> list[Tensor]:
         """The step's meaning: arrays in, arrays out."""
         raise NotImplementedError
 

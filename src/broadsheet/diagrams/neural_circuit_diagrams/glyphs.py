@@ -168,9 +168,7 @@ class Place:
         self.ins = [[left[s] for s in slots(diagram, v)] for v in step.ins]
         self.outs = [[right[s] for s in slots(diagram, v)] for v in step.outs]
         self.middle = (a + b) / 2
-        self.names = {
-            c: f' data-axis="{escape(axis.name)}"' for c, axis in diagram.axes_of(step).items()
-        }
+        self.names = {c: f' data-axis="{escape(axis.name)}"' for c, axis in diagram.axes_of(step).items()}
 
     def eaten(self) -> list[float | int]:
         return [y for y, _ in self._core(self.step.op.eats, self.step.at.ins, self.ins)]
@@ -193,7 +191,9 @@ def _touched(step: Step) -> tuple[list[str], list[str]]:
     return into, out
 
 
-def paint(pen: Pen, diagram: Diagram, step: Step, number: int, t: int, a: float | int, b: float | int, left, right) -> None:
+def paint(
+    pen: Pen, diagram: Diagram, step: Step, number: int, t: int, a: float | int, b: float | int, left, right
+) -> None:
     """Draw one step between ``a`` and ``b``."""
     at = Place(diagram, step, a, b, left, right)
     PAINTERS.get(step.op.glyph, _box)(pen, at, number)
@@ -207,8 +207,14 @@ def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float |
     letters = dict.fromkeys(c for row in (*step.at.ins, *step.at.outs) for c in row)
     dots = []
     for c in letters:
-        into = [] if c in skip_in else [ys[row.index(c)] for row, ys in zip(step.at.ins, at.ins, strict=True) if c in row]
-        out = [] if c in skip_out else [ys[row.index(c)] for row, ys in zip(step.at.outs, at.outs, strict=True) if c in row]
+        into = (
+            [] if c in skip_in else [ys[row.index(c)] for row, ys in zip(step.at.ins, at.ins, strict=True) if c in row]
+        )
+        out = (
+            []
+            if c in skip_out
+            else [ys[row.index(c)] for row, ys in zip(step.at.outs, at.outs, strict=True) if c in row]
+        )
         dots += _spider(pen, at, c, into, out, x)
     scalars = [ys[0] for row, ys in zip(step.at.ins, at.ins, strict=True) if not row]
     for row, ys in zip(step.at.outs, at.outs, strict=True):
@@ -305,7 +311,8 @@ def _solid(pen: Pen, at: Place, number: int, kind: str, shape: Callable, pad: fl
                 top, bottom = min(top, ys[0] - pad), max(bottom, ys[0] + pad)
     middle = (top + bottom) / 2
     texts = [
-        Text(at.middle, middle + 4 + 12 * (i - (len(lines) - 1) / 2), line, SIZE, "said") for i, line in enumerate(lines)
+        Text(at.middle, middle + 4 + 12 * (i - (len(lines) - 1) / 2), line, SIZE, "said")
+        for i, line in enumerate(lines)
     ]
     ports = []
     for x, rows, heights, core in (
@@ -377,7 +384,9 @@ def _norm(pen: Pen, at: Place, number: int) -> None:
         parts.append(Path((("M", at.middle, out - r), ("L", at.middle, out + r)), "tick", width=1.4))
     elif op.kind == "rms":
         m = at.middle
-        parts.append(Path((("M", m - 4, out), ("L", m - 2, out + 4), ("L", m + 1, out - 4), ("L", m + 5, out - 4)), "tick"))
+        parts.append(
+            Path((("M", m - 4, out), ("L", m - 2, out + 4), ("L", m + 1, out - 4), ("L", m + 5, out - 4)), "tick")
+        )
     for line in said(at.step):
         parts.append(Text(x1 + 2 + runs_width(line, SIZE) / 2, out - 4, line, SIZE, "said"))
     pen.glyph(f"norm {op.kind}", parts, number)
@@ -502,7 +511,9 @@ def _discard(pen: Pen, at: Place, number: int) -> None:
     for i, y in enumerate(at.ins[0]):
         x = at.a + 8
         row = at.step.at.ins[0]
-        pen.piece((at.a, y), [("L", x, y)], (x, y), at.names.get(row[i], "") if row else "", "wire" if row else "wire scalar")
+        pen.piece(
+            (at.a, y), [("L", x, y)], (x, y), at.names.get(row[i], "") if row else "", "wire" if row else "wire scalar"
+        )
         parts.append(Path((("M", x, y - 6), ("L", x, y + 6)), "tick", width=2))
     pen.glyph("discard", parts, number)
 

@@ -55,7 +55,9 @@ def grouped(diagram: Diagram, depth: int, collapse: bool = True) -> Diagram:
     for key in dict.fromkeys(keys):
         if key == "" and depth:
             continue
-        made = _boxed(made, key, [i for i, s in enumerate(diagram.steps) if keys[i] == key and diagram.steps[i] is s], diagram)
+        made = _boxed(
+            made, key, [i for i, s in enumerate(diagram.steps) if keys[i] == key and diagram.steps[i] is s], diagram
+        )
     return _collapsed(made) if collapse else made
 
 
@@ -114,7 +116,5 @@ def _collapsed(d: Diagram) -> Diagram:
             return replace(d, steps=tuple(steps))
         s, t = found
         name = s.op.name.rsplit(".", 1)[0] if s.op.name.rsplit(".", 1)[-1].isdigit() else s.op.name
-        joined = replace(
-            s, op=Block(name, (*s.op.inner, *t.op.inner)), outs=t.outs, at=Pattern(s.at.ins, t.at.outs)
-        )
+        joined = replace(s, op=Block(name, (*s.op.inner, *t.op.inner)), outs=t.outs, at=Pattern(s.at.ins, t.at.outs))
         steps = [joined if x is t else x for x in steps if x is not s]

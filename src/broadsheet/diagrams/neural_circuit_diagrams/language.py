@@ -78,7 +78,9 @@ def op(
         for got, a, b in triples:
             error = float((got - 2 * a - 3 * b).abs().max() / got.abs().max().clamp_min(1e-30))
             if error > 1e-6:
-                raise InvalidInput(f"op {name!r} is declared linear, but f(2x + 3y) misses 2f(x) + 3f(y) by {error:.1e}")
+                raise InvalidInput(
+                    f"op {name!r} is declared linear, but f(2x + 3y) misses 2f(x) + 3f(y) by {error:.1e}"
+                )
     return made
 
 
@@ -187,7 +189,9 @@ def conv(
     n = len(at.ins[0]) - 1
     held = {f"{name}.{key}": value for key, value in (weights or {}).items()}
     options = [(value,) * n for value in (k, stride, padding, dilation)]
-    step = Conv(at.ins[0][1:], at.outs[0][1:], (at.ins[0][0], at.outs[0][0]), name, *options, bias="bias" in (weights or {}))
+    step = Conv(
+        at.ins[0][1:], at.outs[0][1:], (at.ins[0][0], at.outs[0][0]), name, *options, bias="bias" in (weights or {})
+    )
     return single(step, at, _named(at, sizes), held)
 
 

@@ -144,7 +144,9 @@ class Embedding(Generator):
 
     def pullback(self, build, at, gs, saved, axes):
         rows = build.weights[f"{self.name}.weight"].shape[0]
-        grad = build.step(TableGradient(self.after), *build.fresh_rows(at, self.after, rows, axes, [saved[0], gs[0]]))[0]
+        grad = build.step(TableGradient(self.after), *build.fresh_rows(at, self.after, rows, axes, [saved[0], gs[0]]))[
+            0
+        ]
         build.weight_gradient(f"{self.name}.weight", grad)
         return [None]
 

@@ -146,7 +146,7 @@ def _mul(tracer: Tracer, x: Any, y: Any) -> Any:
     if isinstance(y, int | float):
         return _apply(tracer, x, f"× {float(y)!r}")
     if isinstance(y, Fixed) and y.tensor.numel() == 1 and not y.learned:
-        return _apply(tracer, x, f"× {float(y.tensor)!r}")
+        return _apply(tracer, x, f"× {float(y.tensor.detach())!r}")
     if isinstance(x, int | float):
         return _apply(tracer, y, f"× {float(x)!r}")
     ins, out, axes, dims = tracer.aligned([x, y])
@@ -158,7 +158,7 @@ def _div(tracer: Tracer, x: Any, y: Any, **options: Any) -> Any:
     if options:
         return NotImplemented
     if isinstance(y, Fixed) and y.tensor.numel() == 1 and not y.learned:
-        y = float(y.tensor)
+        y = float(y.tensor.detach())
     if isinstance(y, int | float):
         return _apply(tracer, x, f"× {1 / float(y)!r}")
     if isinstance(x, int | float):
@@ -180,7 +180,9 @@ def _linear(tracer: Tracer, x: Held, weight: Any, bias: Any = None) -> Any:
         return _linear(tracer, x, weight, bias)
     size = weight.tensor.shape[0]
     last = tracer.axes(x)[x.dims[-1][-1]]
-    axes["new"] = tracer.build.fresh("m" if len(eaten) > 1 or size == last.size else "f" if size > (last.size or 1) else "k", size)
+    axes["new"] = tracer.build.fresh(
+        "m" if len(eaten) > 1 or size == last.size else "f" if size > (last.size or 1) else "k", size
+    )
     if last.name == "f":
         axes["new"] = tracer.build.fresh("m", size)
     name = _weights(tracer, _owner(tracer, weight), weight=weight, bias=bias)
@@ -391,7 +393,9 @@ def _log_softmax(tracer: Tracer, x: Held, dim: int, *_: Any) -> Held:
 RULES.update({"log_softmax": _log_softmax, "_log_softmax": _log_softmax})
 
 
-def _normed(tracer: Tracer, x: Held, kind: str, dims: Sequence[int], eps: float, groups: int = 1, **tensors: Any) -> Any:
+def _normed(
+    tracer: Tracer, x: Held, kind: str, dims: Sequence[int], eps: float, groups: int = 1, **tensors: Any
+) -> Any:
     if not all(isinstance(t, Fixed | None) for t in tensors.values()):
         return NotImplemented
     for d in dims:
@@ -408,7 +412,9 @@ def _normed(tracer: Tracer, x: Held, kind: str, dims: Sequence[int], eps: float,
 
 
 @rule("layer_norm")
-def _layer_norm(tracer: Tracer, x: Held, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _layer_norm(
+    tracer: Tracer, x: Held, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
     return _normed(tracer, x, "layer", range(-len(shape), 0), eps, weight=weight, bias=bias)
 
 
@@ -420,12 +426,25 @@ def _rms_norm(tracer: Tracer, x: Held, shape: Any, weight: Any = None, eps: floa
 
 
 @rule("group_norm")
-def _group_norm(tracer: Tracer, x: Held, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _group_norm(
+    tracer: Tracer, x: Held, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
     return _normed(tracer, x, "group", range(1, len(x.dims)), eps, groups, weight=weight, bias=bias)
 
 
 @rule("batch_norm")
-def _batch_norm(tracer: Tracer, x: Held, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any) -> Any:
+def _batch_norm(
+    tracer: Tracer,
+    x: Held,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
     if training or not all(isinstance(t, Fixed) for t in (mean, var)):
         return NotImplemented
     return _normed(tracer, x, "batch", [1], eps, weight=weight, bias=bias, running_mean=mean, running_var=var)
@@ -475,7 +494,9 @@ def _pooled(tracer: Tracer, x: Held, kind: str, kernel: Any, stride: Any, paddin
     letters, axes = tracer.letters(x)
     before = tuple(letters[i] for i in places[1:])
     for i, c in enumerate(before):
-        axes[f"p{i}"] = tracer.build.fresh(axes[c].name, _extent(axes[c].size or 1, kernel[i], stride[i], padding[i], 1))
+        axes[f"p{i}"] = tracer.build.fresh(
+            axes[c].name, _extent(axes[c].size or 1, kernel[i], stride[i], padding[i], 1)
+        )
     after = tuple(f"p{i}" for i in range(n))
     op = Pool(kind, before, after, tuple(kernel), stride, padding)
     swap = dict(zip(before, after, strict=True))
@@ -484,12 +505,29 @@ def _pooled(tracer: Tracer, x: Held, kind: str, kernel: Any, stride: Any, paddin
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d")
-def _max_pool(tracer: Tracer, x: Held, kernel: Any, stride: Any = (), padding: Any = (0,), dilation: Any = (1,), ceil: bool = False) -> Any:
+def _max_pool(
+    tracer: Tracer,
+    x: Held,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    ceil: bool = False,
+) -> Any:
     return NotImplemented if ceil or set(dilation) != {1} else _pooled(tracer, x, "max", kernel, stride, padding)
 
 
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
-def _avg_pool(tracer: Tracer, x: Held, kernel: Any, stride: Any = (), padding: Any = (0,), ceil: bool = False, count: bool = True, divisor: Any = None) -> Any:
+def _avg_pool(
+    tracer: Tracer,
+    x: Held,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = (0,),
+    ceil: bool = False,
+    count: bool = True,
+    divisor: Any = None,
+) -> Any:
     return NotImplemented if ceil or not count or divisor else _pooled(tracer, x, "mean", kernel, stride, padding)
 
 
@@ -565,7 +603,9 @@ def _expand(tracer: Tracer, x: Held, shape: Sequence[int], **_: Any) -> Any:
     new = {f"n{d}": tracer.build.fresh("x", shape[d]) for d in grow}
     out = (*new, *letters)
     (value,) = tracer.emit(Einsum(), [(x.value, letters)], [out], {**axes, **new})
-    found = [(out.index(f"n{d}"),) if d in grow else tuple(out.index(letters[i]) for i in g) for d, g in enumerate(x.dims)]
+    found = [
+        (out.index(f"n{d}"),) if d in grow else tuple(out.index(letters[i]) for i in g) for d, g in enumerate(x.dims)
+    ]
     return Held(value, tuple(found))
 
 
@@ -650,7 +690,10 @@ def _cat(tracer: Tracer, xs: Sequence[Operand], dim: int = 0) -> Any:
     axes["whole"] = tracer.build.fresh(axes["part0"].name if axes["part0"].name != "i" else "x", total)
     out = tuple("whole" if c == "part0" else c for c in ins[0][1])
     (value,) = tracer.emit(Concat(tuple(parts), "whole"), ins, [out], axes)
-    dims = [(out.index("whole"),) if d == dim else tuple(out.index(f"d{d}_{k}") for k in range(len(g))) for d, g in enumerate(ts[0].dims)]
+    dims = [
+        (out.index("whole"),) if d == dim else tuple(out.index(f"d{d}_{k}") for k in range(len(g)))
+        for d, g in enumerate(ts[0].dims)
+    ]
     return Held(value, tuple(dims))
 
 

@@ -118,7 +118,9 @@ def _runs(text: ElementTree.Element) -> list[tuple[str, str]]:
 
 
 def _rows(root: ElementTree.Element) -> list[Row]:
-    panels = sorted((_box(e.get("d", "")) for e in root.iter(f"{SVG}path") if e.get("class") == "row"), key=lambda b: b[1])
+    panels = sorted(
+        (_box(e.get("d", "")) for e in root.iter(f"{SVG}path") if e.get("class") == "row"), key=lambda b: b[1]
+    )
     if not panels:
         raise InvalidInput("no row in the drawing: expected one that Diagram.svg() wrote")
     rows = [Row() for _ in panels]
@@ -312,7 +314,9 @@ class _Reader:
                 op, at = generator(glyphs[kinds[0]], at, eaten, emitted, self.weights, self.functions)
             elif len(out) != 1:
                 raise InvalidInput(f"{len(out)} arrays come out of a web near x={x:.0f}: expected one")
-            known = {c: a for v, row_ in zip(values, at.ins, strict=True) for c, a in zip(row_, self.values[v], strict=True)}
+            known = {
+                c: a for v, row_ in zip(values, at.ins, strict=True) for c, a in zip(row_, self.values[v], strict=True)
+            }
             made = []
             for i, letters in zip(out, at.outs, strict=True):
                 heights = [y for y, scalar in after[i] if not scalar]

@@ -140,7 +140,9 @@ class Scene:
         """The drawing as an SVG document."""
         elements = [*self.back, *self.wires, *self.glyphs, *self.labels]
         size = f'width="{number(self.width)}" height="{number(self.height)}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {number(self.width)} {number(self.height)}"'
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {number(self.width)} {number(self.height)}"'
+        )
         body = "\n".join(element.svg() for element in elements)
         return (
             f'{head} font-family="{FONT}" role="img">\n<title>{escape(self.title)}</title>\n'
@@ -148,7 +150,9 @@ class Scene:
         )
 
 
-def rectangle(box: Box, kind: str = "shape", fill: str = "white", width: float | int = 1.2, round: float | int = 0.0) -> Path:
+def rectangle(
+    box: Box, kind: str = "shape", fill: str = "white", width: float | int = 1.2, round: float | int = 0.0
+) -> Path:
     """A box as a path, with rounded corners if wanted."""
     x0, y0, x1, y1 = box
     r = min(round, (x1 - x0) / 2, (y1 - y0) / 2)
@@ -163,7 +167,9 @@ def rectangle(box: Box, kind: str = "shape", fill: str = "white", width: float |
     return Path(commands, kind, fill, width=width)
 
 
-def polygon(*points: tuple[float | int, float | int], kind: str = "shape", fill: str = "white", width: float | int = 1.2) -> Path:
+def polygon(
+    *points: tuple[float | int, float | int], kind: str = "shape", fill: str = "white", width: float | int = 1.2
+) -> Path:
     """Corners joined by lines."""
     lines = tuple(("M" if i == 0 else "L", *point) for i, point in enumerate(points))
     return Path((*lines, ("Z",)), kind, fill, width=width)

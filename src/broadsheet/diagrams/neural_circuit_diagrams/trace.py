@@ -130,8 +130,12 @@ class Tracer:
 
     def fix(self, t: Fixed) -> str:
         """The name under which a fixed tensor is drawn."""
-        name = self.shortened(t.name)
-        return name if name not in self.build.weights or self.build.weights[name].numel() == t.tensor.numel() else f"{name}_"
+        base = name = self.shortened(t.name)
+        number = 1
+        while name in self.build.weights and not _equal(self.build.weights[name], t.tensor):
+            number += 1
+            name = f"{base}.{number}"
+        return name
 
     def shortened(self, name: str) -> str:
         """Numbers and the last word of a dotted name, where no other weight has the same."""
@@ -158,7 +162,8 @@ class Tracer:
         (value,) = self.emit(View(tuple(mine), ("new",)), [(t.value, letters)], [out], axes)
         shift = len(group) - 1
         dims = tuple(
-            (group[0],) if j == dim else tuple(i - shift if i > group[-1] else i for i in g) for j, g in enumerate(t.dims)
+            (group[0],) if j == dim else tuple(i - shift if i > group[-1] else i for i in g)
+            for j, g in enumerate(t.dims)
         )
         return Held(value, dims)
 
@@ -199,9 +204,7 @@ class Tracer:
         ts = [self.held(t) for t in operands]
         rank = max(len(t.dims) for t in ts)
         for d in range(1, rank + 1):
-            shapes = {
-                tuple(self.axes(t)[i].size for i in t.dims[-d]) for t in ts if len(t.dims) >= d and t.dims[-d]
-            }
+            shapes = {tuple(self.axes(t)[i].size for i in t.dims[-d]) for t in ts if len(t.dims) >= d and t.dims[-d]}
             wide = {s for s in shapes if s != (1,)}
             if len(wide) > 1:
                 ts = [self.merged(t, len(t.dims) - d) if len(t.dims) >= d else t for t in ts]
@@ -439,6 +442,23 @@ def diagram(
         InvalidInput: a module that ``torch.export`` cannot write down, or names that do not fit the inputs.
     """
     from broadsheet.diagrams.neural_circuit_diagrams.grouping import grouped
+
+    made = traced(module, example_inputs, axis_names)
+    if depth is None and len(made.steps) > LIMIT:
+        warnings.warn(
+            f"{len(made.steps)} steps: drawn as boxes of submodules. depth=2, 3, ... goes deeper, and a submodule can be"
+            " drawn by itself",
+            DepthWarning,
+            stacklevel=2,
+        )
+        depth = 1 if len(grouped(made, 1, collapse_repeats).steps) <= LIMIT else 0
+    return made if depth is None else grouped(made, depth, collapse_repeats)
+
+
+def traced(
+    module: nn.Module, example_inputs: Sequence[Tensor] | Tensor, axis_names: Sequence[str] | None = None
+) -> Diagram:
+    """The diagram of a module all the way down, however many steps it has; arguments as of ``diagram``."""
     from broadsheet.diagrams.neural_circuit_diagrams.operators import RULES, constant_rule
 
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
@@ -470,23 +490,19 @@ def diagram(
             before = len(tracer.build.steps)
             env[node] = _call(tracer, node, args, kwargs, RULES, constant_rule)
             name = str(node.target).split(".")[-2] if "." in str(node.target) else str(node.target)
-            if name.endswith("_") and not name.startswith("_") and node.args and isinstance(node.args[0], torch.fx.Node):
+            if (
+                name.endswith("_")
+                and not name.startswith("_")
+                and node.args
+                and isinstance(node.args[0], torch.fx.Node)
+            ):
                 env[node.args[0]] = env[node]  # what is changed in place is what later steps see
             path = _path(node)
             tracer.build.steps[before:] = [replace(s, path=path) for s in tracer.build.steps[before:]]
     _unify(tracer)
     made = tracer.build.finish(values)
     needed = {name for s in made.steps for name in s.op.names}
-    made = replace(made, weights={n: w for n, w in made.weights.items() if n in needed})
-    if depth is None and len(made.steps) > LIMIT:
-        warnings.warn(
-            f"{len(made.steps)} steps: drawn as boxes of submodules. depth=2, 3, ... goes deeper, and a submodule can be"
-            " drawn by itself",
-            DepthWarning,
-            stacklevel=2,
-        )
-        depth = 1 if len(grouped(made, 1, collapse_repeats).steps) <= LIMIT else 0
-    return made if depth is None else grouped(made, depth, collapse_repeats)
+    return replace(made, weights={n: w for n, w in made.weights.items() if n in needed})
 
 
 def opaque_share(made: Diagram) -> float:
@@ -525,9 +541,12 @@ def _input(tracer: Tracer, number: int, x: Tensor, axis_names: Sequence[str] | N
     if not names:
         names = [f"a{'bcdefgh'[i]}" for i in range(x.ndim)]
     if len(names) != x.ndim:
-        raise InvalidInput(f"axis_names[{number}] = {' '.join(names)!r} has {len(names)} names for shape {list(x.shape)}")
+        raise InvalidInput(
+            f"axis_names[{number}] = {' '.join(names)!r} has {len(names)} names for shape {list(x.shape)}"
+        )
     axes = tuple(
-        Axis(f"{n}", n, s) if axis_names is not None else tracer.build.fresh(n, s) for n, s in zip(names, x.shape, strict=True)
+        Axis(f"{n}", n, s) if axis_names is not None else tracer.build.fresh(n, s)
+        for n, s in zip(names, x.shape, strict=True)
     )
     if not x.ndim:
         axes = ()
@@ -554,6 +573,11 @@ def _call(tracer: Tracer, node: Any, args: tuple, kwargs: dict, rules: Mapping[s
     if result is None:
         return None
     return tracer.unknown(node, args, kwargs, result)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two fixed tensors hold the same numbers, whatever axes of size 1 they have."""
+    return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.detach().reshape(-1))
 
 
 def _path(node: Any) -> str:

@@ -88,7 +88,11 @@ class SmallUnet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.in1, self.in2, self.low = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.in1, self.in2, self.low = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Conv2d(4, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
         self.up2, self.out2 = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(16, 4, 3, padding=1)
         self.up1, self.out1 = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(8, 2, 3, padding=1)
 
@@ -115,7 +119,7 @@ class VisualAttention(nn.Module):
         return x + self.o(torch.einsum("byx,bkx->bky", scores.softmax(-1), v).view(b, -1, h, w))
 
 
-class _Logits(nn.Module):
+class CausalLogits(nn.Module):
     """A causal language model from token ids to logits, without a cache."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,8 +149,10 @@ def zoo(seed: int = 0, language_model: bool = True, dtype: torch.dtype = torch.f
             except ImportError:
                 pass
             else:
-                config = GPT2Config(vocab_size=40, n_embd=24, n_layer=2, n_head=3, n_positions=16, bos_token_id=0, eos_token_id=0)
-                made["gpt2"] = (_Logits(GPT2LMHeadModel(config)), (torch.randint(40, (2, 7)),))
+                config = GPT2Config(
+                    vocab_size=40, n_embd=24, n_layer=2, n_head=3, n_positions=16, bos_token_id=0, eos_token_id=0
+                )
+                made["gpt2"] = (CausalLogits(GPT2LMHeadModel(config)), (torch.randint(40, (2, 7)),))
     return {
         name: (model.eval().to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
         for name, (model, inputs) in made.items()
