@@ -23,14 +23,15 @@ from broadsheet.diagrams.neural_circuit_diagrams.laws import IllegalRewrite, dif
 from broadsheet.diagrams.neural_circuit_diagrams.layout import plan, tidied
 from broadsheet.diagrams.neural_circuit_diagrams.operator_graph import rebuild, recorded
 from broadsheet.diagrams.neural_circuit_diagrams.trace import traced
-from broadsheet.diagrams.neural_circuit_diagrams.zoo import CausalLogits, zoo
+from broadsheet.diagrams.neural_circuit_diagrams.zoo import CausalLogits, VisionTransformer, zoo
 from broadsheet.errors import DataMissing
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.plotting import COLOURS, style
 from broadsheet.nn.seeding import seeded
+from broadsheet.recordings.rbtransformer import RBTransformer
 
 CLOSE = 1e-5
-DRAWN = ("multi-head-attention", "encoder-layer", "unet")
+DRAWN = ("multi-head-attention", "encoder-layer", "unet", "convolutions", "identity-resnet", "visual-attention", "gpt2")
 WIDTH = 900.0
 
 
@@ -206,8 +207,23 @@ def draw(records: list[dict]) -> list[Plate]:
         "encoder-layer": "A pre-norm transformer layer: dots on wires copy the stream, the ringed plus adds the branch back.",
         "unet": "A small U-Net: stars are convolutions and pooling with their strides (T: transposed), bars concatenate the"
         " skip connections, which run along below.",
+        "convolutions": "Convolutions with stride 2, with dilation 2, and transposed; squares mark the channels.",
+        "identity-resnet": "An identity residual block: norm (circle), activation and convolution, twice, on a branch.",
+        "visual-attention": "Attention among the places of a picture: y and x are merged at the bars, contracted, split.",
+        "gpt2": "A GPT-2 of two layers as transformers writes it, down to the last slice of a fused projection.",
     }
-    for name in DRAWN:
+    models["vision-transformer"] = (VisionTransformer().eval(), (torch.zeros(2, 3, 8, 8),))
+    captions["vision-transformer"] = (
+        "A vision transformer of one layer, from patches to the class token's entry at the end."
+    )
+    models["rbtransformer"] = (
+        RBTransformer(5, d_model=12, depth=1, n_heads=2, head_dim=6, d_hidden=12).eval(), (torch.zeros(2, 5, 4),),
+    )  # fmt: skip
+    captions["rbtransformer"] = (
+        "RBTransformer, of another paper of this edition, with one block: electrodes e attend to each other."
+    )
+    models = {name: models[name] for name in (*DRAWN, "vision-transformer", "rbtransformer") if name in models}
+    for name in models:
         plates.append(Plate(name, figure(scene(diagram(*models[name]), width=WIDTH)), captions[name]))
     pair = diagram(*zoo(0, False)["scaled-attention"], axis_names=["y k", "x k", "x k"]).backward()
     for side, made in (("forward", pair.forward), ("backward", pair.backward)):

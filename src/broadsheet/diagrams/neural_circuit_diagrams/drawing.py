@@ -204,9 +204,9 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
             scalar = not diagram.values[slot[0]]
             pen.line(slot, t, (x0, y), (x1, y), data, scalar)
         boundary = layout.boundaries[t]
-        for upper, lower in zip(boundary, boundary[1:], strict=False):
-            a, b = at[slots(diagram, upper)[-1]], at[slots(diagram, lower)[0]]
-            pen.dash((x0, (a + b) / 2), (x1, (a + b) / 2))
+        for lower in boundary[1:]:  # over the lower array, so that the line bends only where that array does
+            height = at[slots(diagram, lower)[0]] - GAP / 2
+            pen.dash((x0, height), (x1, height))
         if totals is not None:
             made.labels.append(Text((x0 + x1) / 2, bottom - 4, totals[0][t], 11, "cost held"))
     for x0, x1 in spans:  # a mark under every column of data: what stands between two marks is one column of steps
@@ -235,8 +235,7 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
             if previous is not None and item.ins and item.outs:
                 tops = left[slots(diagram, item.ins[0])[0]], right[slots(diagram, item.outs[0])[0]]
                 if previous.ins and previous.outs:
-                    lows = left[slots(diagram, previous.ins[-1])[-1]], right[slots(diagram, previous.outs[-1])[-1]]
-                    pen.dash((a, (lows[0] + tops[0]) / 2), (b, (lows[1] + tops[1]) / 2))
+                    pen.dash((a, tops[0] - GAP / 2), (b, tops[1] - GAP / 2))
             previous = item
         if totals is not None and totals[1][t][0][0]:
             made.labels.append(Text((a + b) / 2, bottom - 4, totals[1][t], 11, "cost work"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -110,11 +111,17 @@ def _marked(label: str) -> tuple[Run, ...]:
 
 
 def short(number: str) -> str:
-    """A number as short as it can be without becoming another."""
+    """A number as short as it can be without becoming another; roots of small numbers as roots."""
     prime = "′" if number.endswith("′") else ""
     value = float(number.rstrip("′"))
     text = f"{value:g}"
-    return (text if float(text) == value else repr(value)) + prime
+    if float(text) == value:
+        return text + prime
+    if 0 < value < 1:
+        n = round(1 / value**2)
+        if n < 2**16 and 1 / math.sqrt(n) == value:
+            return f"1/√{n}" + prime
+    return repr(value) + prime
 
 
 def _affix(name: str, bias: bool) -> tuple[Run, ...]:
@@ -130,8 +137,8 @@ def glyph_width(step: Step) -> float | int:
     if kind == "web":
         return _web_width(step)
     return {
-        "learned": text + 12,
-        "conv": text + 16,
+        "learned": text + 26,
+        "conv": text + 22,
         "pool": text + 16,
         "norm": 24 + 2 * text if len(_touched(step)[0]) < 2 else text + 18,
         "softmax": 20 + (2 * text + 4 if text else 0),
@@ -145,7 +152,7 @@ def glyph_width(step: Step) -> float | int:
         "add": 40,
         "discard": 16,
         "reduce": 26 + text,
-    }.get(kind, text + 14)
+    }.get(kind, text + 26)
 
 
 def _web_width(step: Step) -> float | int:
@@ -199,7 +206,9 @@ def paint(
     PAINTERS.get(step.op.glyph, _box)(pen, at, number)
 
 
-def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float | int | None = None) -> None:
+def _past(
+    pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float | int | None = None, solid: Any = None
+) -> None:
     """Wires that the step does not touch: one that several inputs have is joined at a dot, one that only outputs have
     begins at a dot."""
     step = at.step
@@ -215,7 +224,7 @@ def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float |
             if c in skip_out
             else [ys[row.index(c)] for row, ys in zip(step.at.outs, at.outs, strict=True) if c in row]
         )
-        dots += _spider(pen, at, c, into, out, x)
+        dots += _spider(pen, at, c, into, out, x, solid)
     scalars = [ys[0] for row, ys in zip(step.at.ins, at.ins, strict=True) if not row]
     for row, ys in zip(step.at.outs, at.outs, strict=True):
         if not row and scalars and not step.op.glyph == "box":
@@ -224,12 +233,22 @@ def _past(pen: Pen, at: Place, skip_in: set[str], skip_out: set[str], x: float |
         pen.scene.glyphs.append(Group("glyph dots", list(dots)))
 
 
-def _spider(pen: Pen, at: Place, c: str, into: list[float | int], out: list[float | int], x: float | int) -> list[Path]:
+def _spider(
+    pen: Pen, at: Place, c: str, into: list[float | int], out: list[float | int], x: float | int, solid: Any = None
+) -> list[Path]:
     data = at.names.get(c, "")
     if not into and not out:
         return []
     if len(into) == 1 and len(out) == 1:
-        pen.piece((at.a, into[0]), [curve(at.a, into[0], at.b, out[0])], (at.b, out[0]), data)
+        bends, end = [curve(at.a, into[0], at.b, out[0])], (at.b, out[0])
+        if solid is not None and into[0] != out[0]:
+            # A wire that would run behind a box bends before or behind it.
+            x0, top, x1, bottom = solid
+            if top - 6 < into[0] < bottom + 6:
+                bends = [curve(at.a, into[0], x0, out[0]), ("L", *end)]
+            elif top - 6 < out[0] < bottom + 6:
+                bends = [("L", x1, into[0]), curve(x1, into[0], *end)]
+        pen.piece((at.a, into[0]), bends, end, data)
         return []
     y = (out or into)[0] if len(into) != 1 else into[0]
     for each in into:
@@ -300,7 +319,7 @@ def _solid(pen: Pen, at: Place, number: int, kind: str, shape: Callable, pad: fl
     top, bottom = low - pad, high + pad
     _stub(pen, at, x0, x1)
     touched_in, touched_out = _touched(at.step)
-    _past(pen, at, set(touched_in), set(touched_out))
+    _past(pen, at, set(touched_in), set(touched_out), solid=(x0, top, x1, bottom))
     if at.step.op.glyph == "box" or at.step.op.glyph in ("window", "mask"):
         for row, ys, start, end in (
             *((r, y, at.a, x0) for r, y in zip(at.step.at.ins, at.ins, strict=True)),

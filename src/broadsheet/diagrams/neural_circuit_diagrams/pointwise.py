@@ -85,6 +85,11 @@ class Elementwise(Generator):
     glyph: ClassVar[str] = "elementwise"
 
     @property
+    def saves(self) -> str:
+        """ReLU's slope is told by its output as well, which the next step has to save anyway."""
+        return "y" if self.name == "ReLU" and self.fn is None else "x"
+
+    @property
     def is_linear(self) -> bool:
         """Whether it is a multiplication by a number."""
         return self.fn is None and self.name.startswith(LINEAR_MARK)

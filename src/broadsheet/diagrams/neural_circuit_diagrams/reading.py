@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -124,7 +125,9 @@ def _label(text: str) -> str:
     mark, _, number = text.partition(" ")
     if number and mark in ("×", "+", "^", "≥", "≤", "leaky"):
         prime = "′" if number.endswith("′") else ""
-        return f"{mark} {float(number.rstrip('′'))!r}{prime}"
+        plain = number.rstrip("′")
+        value = 1 / math.sqrt(int(plain[3:])) if plain.startswith("1/√") else float(plain)
+        return f"{mark} {value!r}{prime}"
     return text
 
 

@@ -119,6 +119,22 @@ class VisualAttention(nn.Module):
         return x + self.o(torch.einsum("byx,bkx->bky", scores.softmax(-1), v).view(b, -1, h, w))
 
 
+class VisionTransformer(nn.Module):
+    """Patches, a class token, positions, one transformer layer, a head."""
+
+    def __init__(self, width: int = 16, patch: int = 4, side: int = 8, classes: int = 10) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, patch, stride=patch)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.place = nn.Parameter(torch.randn(1, 1 + (side // patch) ** 2, width))
+        self.layer, self.norm, self.head = EncoderLayer(width), nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        return self.head(self.norm(self.layer(x))[:, 0])
+
+
 class CausalLogits(nn.Module):
     """A causal language model from token ids to logits, without a cache."""
 
