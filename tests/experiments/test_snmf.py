@@ -30,7 +30,8 @@ TINY: dict[str, Any] = {
     "HELD_OUT": 4,
     "FACTORS": 10,
     "ITERATIONS": 25,
-    "TARGETS": (0.02, 0.05),
+    "TARGETS": (0.02,),
+    "SEARCHED": 1,
     "FAMILIES": {"n": 200, "d": 48, "families": 2, "children": 2, "core": 4, "own": 2},
     "TUNING_STEPS": 10,
 }

@@ -392,6 +392,17 @@ def test_batches_find_what_all_at_once_finds() -> None:
     assert match_directions(before, whole.features_).mean > 0.99
 
 
+def test_batches_before_count_with_their_weight() -> None:
+    """Least squares over both batches, each with the coefficients that it got, the older one at half the weight."""
+    one, two = noise(40, 12), noise(40, 12, seed=1)
+    online = SemiNMF(3, 1.0, forgetting=0.5).partial_fit(one)
+    first = online.coefficients_
+    second = online.partial_fit(two).coefficients_
+    cross = 0.5 * one.T @ first + two.T @ second
+    expected = torch.linalg.solve(0.5 * first.T @ first + second.T @ second, cross.T)
+    torch.testing.assert_close(online.features_, expected, rtol=1e-3, atol=1e-4)
+
+
 @parametrize_with_checks(
     [
         SemiNMF(n_components=2, sparsity=1.0, max_iter=10),
@@ -717,13 +728,21 @@ def test_concepts_from_texts_to_words(language: Any) -> None:
         assert value == pytest.approx(float(examples.activation[i]))
         rows = (found.activations.text == examples.text[i]) & (found.activations.token_ids == at)
         assert float((column[rows] - value).abs().min()) < 1e-7
-        assert len(examples.token_ids[i]) <= 5
+        row = int(column.topk(6).indices[i])
+        place = int(found.activations.position[row])
+        assert list(examples.token_ids[i]) == ids[examples.text[i], max(0, place - 2) : place + 3].tolist()
+        assert examples.place[i] == min(place, 2)
     assert "excerpt" in examples.to_frame(tokenizer)
     up, down = (found.vocab_projection(model, 1, 5, sign, tokenizer) for sign in (1, -1))
     effect = found.feature(1).logit_effect(model)
     assert up["token_id"].tolist() == effect.topk(5).indices.tolist()
     assert down["token_id"].tolist() == (-effect).topk(5).indices.tolist()
     assert up["token"][0] == tokenizer.decode([up["token_id"][0]])
+    ragged = find_concepts(
+        model, [text[: 20 + 3 * i] for i, text in enumerate(texts)], 1, tokenizer, snmf=SemiNMF(5, 0.2)
+    )
+    assert len({len(text) for text in ragged.texts}) > 1
+    assert len(ragged.activations) == sum(len(text) - 1 for text in ragged.texts)
     # a batch of ids with a mask, and activations that were collected before
     again = find_concepts(model, [(ids, None)], 1, snmf=SemiNMF(5, 0.2, max_iter=30))
     torch.testing.assert_close(again.coefficients, found.coefficients, rtol=1e-3, atol=1e-4)

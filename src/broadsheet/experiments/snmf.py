@@ -66,6 +66,7 @@ FACTORS = 16
 SPARSITY = 0.1
 ITERATIONS = 200
 TARGETS = (0.1, 0.25, 0.5)
+SEARCHED = 3  # features whose strengths both searches look for
 FAMILIES: dict[str, Any] = {"n": 1200, "d": 128, "families": 4, "children": 3, "core": 6, "own": 3}
 SPARE = 4
 TUNING_STEPS = 60
@@ -147,7 +148,13 @@ def _planted(ctx: Context) -> dict[str, Any]:
         "sae": match_directions(truth, rival.W_dec.detach()).mean,
     }
     ctx.measure("few-tokens", ours=scarce["svd"], baseline=scarce["sae"])
-    return {"cosine": cosine, "curves": curves, "dictionary": max(learned), "few": scarce}
+    return {
+        "cells": [list(cell) for cell in CELLS],
+        "cosine": cosine,
+        "curves": curves,
+        "dictionary": max(learned),
+        "few": scarce,
+    }
 
 
 def _fit(data: Tensor, k: int, sparsity: float, init: str, seed: int, iterations: int, **how: Any) -> SemiNMF:
@@ -242,7 +249,7 @@ def _families(ctx: Context) -> dict[str, Any]:
         "tuned-stays-non-negative", ours=tuned["ours"].negative_share, baseline=tuned["loose"].negative_share,
         error=tuned["ours"].losses[-1], loose_error=tuned["loose"].losses[-1], untuned_error=tuned["ours"].losses[0],
     )  # fmt: skip
-    family = {int(found): int(label) for found, label in zip(match.index, labels, strict=True)}
+    family = {str(int(found)): int(label) for found, label in zip(match.index, labels, strict=True)}
     largest = Counter(parents.tolist()).most_common(1)[0][0]
     members = [int(i) for i in match.index]
     overlap = neuron_overlap(torch.as_tensor(deep.features(0))[members].cpu())
@@ -307,7 +314,7 @@ def _topics(ctx: Context) -> dict[str, Any]:
     detection = _detection(ctx, model, corpus, features)
     tree = _topic_tree(ctx)
     updates = _updates(ctx, data)
-    _strengths(ctx, model, features["snmf"][:3])
+    _strengths(ctx, model, features["snmf"][:SEARCHED])
     _rankings(ctx, model, corpus, features["sae"])
     cards = [_card(model, corpus, concepts, int(table.argmax(1)[t]), t) for t in (0, 2, 5, 7)]
     return {
@@ -355,7 +362,7 @@ def _steering(
     ):  # fmt: skip
         ctx.measure(claim, ours=last["snmf"], baseline=last[rival], unsteered=float(np.mean(base)), out_of_reach=missed)
     shown = {name: [[_or(x, base[t]) for x in row] for t, row in enumerate(rows)] for name, rows in mass.items()}
-    return {"mass": shown, "base": base, "missed": missed}
+    return {"targets": list(TARGETS), "mass": shown, "base": base, "missed": missed}
 
 
 def _or(value: float, otherwise: float) -> float:
@@ -636,15 +643,15 @@ def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple
 
 def _draw_recovery(records: list[dict]) -> Plate:
     figure, ax = _figure(9.4, 4.2)
-    width = 0.8 / len(LABELS)
+    cells, width = records[0]["cells"], 0.8 / len(LABELS)
     for j, (name, (label, colour)) in enumerate(LABELS.items()):
         values = np.array([r["cosine"][name] for r in records])
-        x = np.arange(len(CELLS)) - 0.4 + (j + 0.5) * width
+        x = np.arange(len(cells)) - 0.4 + (j + 0.5) * width
         ax.bar(x, values.mean(0), width * 0.92, color=colour, label=label)
         for row in values:
             ax.plot(x, row, ".", color="#1f2328", markersize=3, alpha=0.55)
-    names = [f"at {share:.0%} of tokens\n" + (f"noise {noise:g}" if noise else "no noise") for share, noise in CELLS]
-    ax.set_xticks(range(len(CELLS)), names)
+    names = [f"at {share:.0%} of tokens\n" + (f"noise {noise:g}" if noise else "no noise") for share, noise in cells]
+    ax.set_xticks(range(len(cells)), names)
     ax.set_ylim(0, 1.04)
     ax.set_ylabel("mean matched cosine")
     ax.set_title("How much of 20 planted features each method finds")
@@ -725,11 +732,11 @@ def _draw_cards(cards: list[dict]) -> Plate:
 
 def _draw_steering(records: list[dict]) -> Plate:
     figure, axes = _figure(9.6, 4.0, 2, width_ratios=(1.25, 1))
-    ax = axes[0]
+    ax, targets = axes[0], records[0]["targets"]
     base = float(np.mean([r["base"] for r in records]))
     for name, (label, colour) in STEERED.items():
         values = np.array([np.mean(r["mass"][name], axis=0) for r in records])
-        x = [0, *TARGETS]
+        x = [0, *targets]
         mean = [base, *values.mean(0)]
         ax.plot(x, mean, color=colour, marker="o", markersize=4, label=label)
         ax.fill_between(x[1:], values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
@@ -748,7 +755,7 @@ def _draw_steering(records: list[dict]) -> Plate:
     ax.axhline(base, color=COLOURS["neutral"], linewidth=0.8, linestyle=":")
     ax.set_xticks(range(len(STEERED)), ["difference\nof means", "SAE", "SNMF", "random"])
     ax.set_ylim(0, None)
-    ax.set_title(f"Topic by topic at KL {TARGETS[-1]:g}")
+    ax.set_title(f"Topic by topic at KL {targets[-1]:g}")
     caption = (
         "A small language model steered after a neutral prompt, each method at the strength at which the next "
         "token moves by the same divergence. Left: mean over eight topics, bands span the seeds. Right: each topic of "

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
@@ -28,13 +27,13 @@ class Concepts:
         snmf: the fitted estimator.
         site: the place in the model, such as ``"layers.3.mlp.act"``.
         activations: ``values [n, d]`` and for each row its token, text and position.
-        texts: the token ids of every text.
+        texts: the token ids of every text, ``[time]`` each, of their own lengths.
     """
 
     snmf: SemiNMF
     site: str
     activations: Activations
-    texts: tuple[Int[Tensor, " time"], ...]
+    texts: tuple[Tensor, ...]
 
     @property
     def coefficients(self) -> Tensor:

@@ -170,7 +170,7 @@ def residual(source: Source, features: Float[Tensor, "d K"], codes: Float[Tensor
         source: the data.
         features, codes: the factors.
     """
-    return sum(float((block - features @ codes[:, where]).square().sum()) for where, block in source)
+    return sum(float((block - features @ codes[:, where]).square().sum()) for where, block in source.pieces())
 
 
 def _reseed(
@@ -180,9 +180,9 @@ def _reseed(
 
     Changes ``features``; gives new coefficients, for the old ones may be the best so far, and how many were begun.
     """
-    off = torch.cat([(block - features @ (codes[:, where] / size[:, None])).square().sum(0) for where, block in source])
+    off = [(block - features @ (codes[:, where] / size[:, None])).square().sum(0) for where, block in source.pieces()]
     places = lost.nonzero().flatten()
-    worst = off.topk(min(len(places), source.n))
+    worst = torch.cat(off).topk(min(len(places), source.n))
     fresh, done = codes.clone(), 0
     for k, token, value in zip(places.tolist(), worst.indices.tolist(), worst.values.tolist(), strict=False):
         if value > 0:

@@ -54,6 +54,17 @@ class Source:
             stop = min(start + self.batch, self.n)
             yield slice(start, stop), self._block(start, stop)
 
+    def pieces(self, size: int = 512) -> Iterator[tuple[slice, Tensor]]:
+        """The same in small pieces, for what needs memory of a piece's size; views where the data are in memory.
+
+        Args:
+            size: tokens at most.
+        """
+        for where, block in self:
+            for start in range(0, block.shape[1], size):
+                part = block[:, start : start + size]
+                yield slice(where.start + start, where.start + start + part.shape[1]), part
+
     def row(self, index: int) -> Tensor:
         """One token's activations, ``[d]``."""
         return self._block(index, index + 1)[:, 0] if self._whole is None else self._whole[:, index]
@@ -66,8 +77,8 @@ class Source:
         """
         total, same = 0.0, self.n > 1
         first = self.row(0) if self.n else None
-        for where, block in self:
-            square = float(block.square().sum(dtype=torch.float64))
+        for where, block in self.pieces():
+            square = float(block.square().sum()) if self.device.type == "mps" else float(block.double().square().sum())
             if not np.isfinite(square):
                 bad = (~block.isfinite()).any(0).nonzero()
                 token = where.start + (int(bad[0]) if len(bad) else 0)

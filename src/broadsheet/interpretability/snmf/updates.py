@@ -42,15 +42,15 @@ def solve_features(cross: Float[Tensor, "d K"], gram: Float[Tensor, "K K"], reg:
         in the type of ``cross``; solved in float64 (a Cholesky factor), for columns of ``G`` may be nearly parallel.
     """
     exact = torch.float32 if gram.device.type == "mps" else torch.float64
-    gram, right = gram.to(exact), cross.to(exact).T
+    gram, right = gram.to(exact), cross.to(exact)
     eye = torch.eye(len(gram), dtype=exact, device=gram.device)
     jitter = reg
     for _ in range(8):
         factor, failed = torch.linalg.cholesky_ex(gram + jitter * eye)
         if not bool(failed):
-            return torch.cholesky_solve(right, factor).T.to(cross.dtype)
+            return (right @ torch.cholesky_inverse(factor)).to(cross.dtype)  # K is small, d is not
         jitter = max(10 * jitter, 1e-10 * float(gram.diagonal().max()))
-    return torch.linalg.lstsq(gram, right).solution.T.to(cross.dtype)  # not reached unless gram is broken
+    return torch.linalg.lstsq(gram, right.T).solution.T.to(cross.dtype)  # not reached unless gram is broken
 
 
 def keep_largest(features: Float[Tensor, "d K"], count: int) -> Float[Tensor, "d K"]:
