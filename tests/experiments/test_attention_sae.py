@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
     "MODEL": {"width": 16, "hidden": 16, "heads": 2, "steps": 60, "batch": 16, "lr": 1e-2, "texts": 200},
     "SAE": {"steps": 60, "batch": 128, "lr": 3e-3, "texts": 40},
     "L1": (0.5, 1.0),
+    "WORDS": 18,
     "TEST": 60,
     "PLACES": 40,
     "TREES": 4,

@@ -41,16 +41,17 @@ from broadsheet.nn.small_lm import small_language_model, train_language_model
 
 PLANTED: dict[str, Any] = {"heads": 4, "d_head": 16, "features": 96, "rows": 20_000, "chance": 0.02}
 PLANTED_FIT: dict[str, Any] = {"steps": 1000, "batch": 256, "l1": 2.0, "lr": 3e-3}
-MODEL: dict[str, Any] = {"width": 48, "hidden": 32, "heads": 4, "steps": 600, "batch": 32, "lr": 6e-3, "texts": 3000}
+MODEL: dict[str, Any] = {"width": 48, "hidden": 32, "heads": 4, "steps": 500, "batch": 32, "lr": 8e-3, "texts": 3000}
+WORDS = 24
 LAYER = 1
-SAE: dict[str, Any] = {"steps": 500, "batch": 512, "lr": 3e-3, "texts": 800}
-L1 = (1.5, 0.75, 3.0)  # the first is the one that is analysed
+SAE: dict[str, Any] = {"steps": 1000, "batch": 256, "lr": 3e-2, "texts": 800}
+L1 = (2.0, 1.0, 4.0)  # the first is the one that is analysed
 TEST = 300
 BINS = 8
 CLEAR = 0.25  # share of a role's entropy from which on a feature counts as the role's
 PLACES = 300
 TREES = 24
-PREFIX: dict[str, Any] = {"lengths": (1, 2, 3, 4, 5, 6), "samples": 60, "length": 16}
+PREFIX: dict[str, Any] = {"lengths": (1, 2, 3, 4, 5, 6), "samples": 60, "length": 22}
 
 
 def run(ctx: Context) -> dict:
@@ -137,7 +138,7 @@ def trained_model(ctx: Context, mixture: TaskMixture) -> nn.Module:
 
 
 def _trained(ctx: Context) -> dict[str, Any]:
-    mixture = TaskMixture()
+    mixture = TaskMixture(WORDS)
     model = trained_model(ctx, mixture)
     test = mixture.sample(TEST, generator(20_000 + ctx.seed))
     test = LabelledText(*(x.to(ctx.device) for x in (test.input_ids, test.task, test.bracket, test.source)))
@@ -448,17 +449,16 @@ def _draw_planted(records: list[dict]) -> Plate:
 def _draw_quality(records: list[dict]) -> Plate:
     figure = _figure(9.2, 3.6)
     left, right = figure.subplots(1, 2)
+    weights = [row["l1"] for row in records[0]["frontier"]]
+    colours = dict(zip(weights, ("ours", "accent", "baseline", "neutral"), strict=False))
     for record in records:
         rows = sorted(record["frontier"], key=lambda row: row["l0"])
         left.plot([r["l0"] for r in rows], [r["loss_recovered"] for r in rows], color=COLOURS["light"], lw=1, zorder=1)
         for row in rows:
-            main = row["l1"] == record["frontier"][0]["l1"]
-            left.plot(row["l0"], row["loss_recovered"], "o", ms=6, color=COLOURS["ours" if main else "neutral"])
-    top = {row["l1"]: row for row in records[0]["frontier"]}
-    for l1, row in top.items():
-        left.annotate(
-            f"l1 = {l1:g}", (row["l0"], row["loss_recovered"]), (8, -12), textcoords="offset points", fontsize=8
-        )
+            left.plot(row["l0"], row["loss_recovered"], "o", ms=6, color=COLOURS[colours[row["l1"]]])
+    for l1 in sorted(weights):
+        left.plot([], [], "o", ms=6, color=COLOURS[colours[l1]], label=f"l1 = {l1:g}")
+    left.legend(loc="lower right")
     left.axhline(1, color="#1f2328", lw=0.8, ls=":")
     left.set_xlabel("active features for each token (L0)")
     left.set_ylabel("loss recovered")
@@ -470,7 +470,7 @@ def _draw_quality(records: list[dict]) -> Plate:
     return Plate(
         "quality", figure,
         "Left: sparsity against what is left of the layer's work, for three weights of the sparsity term (one line for "
-        "each seed; red: the one analysed). Right: how often its features are active.",
+        "each seed; red is analysed). Right: how often its features are active.",
     )  # fmt: skip
 
 
@@ -550,20 +550,22 @@ def _draw_tree(record: dict) -> Plate:
         return AttributionNode(plain["name"], plain["position"], plain["value"], children)
 
     tree = record["attribution"]["tree"]
-    words = TaskMixture().words
-    figure = _figure(10.5, 3.8)
+    words = TaskMixture(WORDS).words
+    figure = _figure(9.5, 3.6)
     ax = figure.subplots()
     root = node(tree["root"])
     last = root.position + 1
+    first = max(0, min(n.position for _, n in root.walk() if n.position >= 0) - 4)
     AttributionTree(root, tuple(tree["ids"][: last + 1])).plot([words[i] for i in tree["ids"][: last + 1]], ax)
-    ax.grid(visible=False)
+    ax.set_xlim(first - 0.6, last + 0.6)
     for position, colour in ((root.position, "ours"), (last, "neutral")):
         ax.get_xticklabels()[position].set_color(COLOURS[colour])
         ax.get_xticklabels()[position].set_fontweight("bold")
     return Plate(
         "recursion", figure,
         f"One activation followed back through both layers: the feature is active at the token in red, where “"
-        f"{words[tree['next']]}” comes next. Red lines add to it, blue ones take away; width is the share.",
+        f"{words[tree['next']]}” comes next. Rows: the parts it is made of; red adds to it, blue "
+        "takes away, size and width are the share.",
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ Source: arXiv:2406.17759, section 4.3. The authors' code leaves the norm's scale
 at one token but not their sum; here it is kept.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,40 +98,45 @@ class AttributionTree:
         return "\n".join(lines)
 
     def plot(self, tokens: list[str] | None = None, ax: Any = None) -> Any:
-        """The nodes over the tokens, deeper ones lower; a line is as wide as the share that flows along it.
+        """Parts as rows, the feature on top, over the tokens; lines go from a part to what it is made of.
 
         Args:
             tokens: of the text, to label the axis.
             ax: matplotlib axes.
         """
-        from broadsheet.nn.plotting import COLOURS, new_axes
+        from broadsheet.nn.plotting import COLOURS, INK, new_axes
 
         time = len(self.token_ids)
-        ax = new_axes(ax, figsize=(max(6.0, 0.42 * time), 4.2))
-        most = max(abs(node.value) for _, node in self.root.walk()) or 1.0
+        placed = [node for _, node in self.root.walk() if node.position >= 0]
+        rows = sorted({node.name for node in placed} - {self.root.name}, key=_order)
+        row = {name: -i for i, name in enumerate([self.root.name, *rows])}
+        ax = new_axes(ax, figsize=(max(6.0, 0.42 * time), 1.2 + 0.36 * len(row)))
+        most = max(abs(node.value) for node in placed) or 1.0
 
-        def draw(node: AttributionNode, depth: int) -> None:
+        def draw(node: AttributionNode) -> None:
             for child in node.children:
-                if child.position < 0 or node.position < 0:
+                if child.position < 0:
                     continue
-                colour = COLOURS["ours"] if child.value > 0 else COLOURS["baseline"]
-                ends = [node.position, child.position], [-depth, -depth - 1]
-                ax.plot(*ends, color=colour, lw=0.4 + 5 * abs(child.value) / most, alpha=0.7, solid_capstyle="round")
-                ax.plot(*(end[1] for end in ends), "o", color=colour, ms=4)
-                draw(child, depth + 1)
+                colour, size = COLOURS["ours" if child.value > 0 else "baseline"], abs(child.value) / most
+                x, y = (node.position, child.position), (row[node.name], row[child.name])
+                ax.plot(x, y, color=colour, lw=0.5 + 4 * size, alpha=0.45, solid_capstyle="round", zorder=2)
+                ax.plot(x[1], y[1], "o", color=colour, ms=3 + 8 * size, mec="white", mew=0.6, zorder=3)
+                draw(child)
 
-        ax.plot(self.root.position, 0, "o", color=COLOURS["ours"], ms=8)
-        ax.annotate(
-            self.root.name, (self.root.position, 0), (0, 9), textcoords="offset points", ha="center", fontsize=8
-        )
-        draw(self.root, 0)
-        deepest = max(depth for depth, _ in self.root.walk())
-        ax.set_ylim(-deepest - 0.4, 0.7)
+        draw(self.root)
+        ax.plot(self.root.position, 0, "o", color=INK, ms=9, zorder=4)
+        ax.set_yticks(list(row.values()), list(row), fontsize=8)
+        ax.set_ylim(-len(row) + 0.5, 0.6)
         ax.set_xlim(-0.6, time - 0.4)
-        ax.set_yticks(range(0, -deepest - 1, -1), [f"{n} steps back" if n else "feature" for n in range(deepest + 1)])
         labels = tokens if tokens is not None else [str(i) for i in self.token_ids]
         ax.set_xticks(range(time), [label.replace("$", r"\$") for label in labels], rotation=60, ha="right", fontsize=8)
         return ax
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Later layers first, tokens last."""
+    found = re.search(r"layers\.(\d+)", name)
+    return (-int(found[1]) if found else 1, name)
 
 
 @torch.no_grad()
