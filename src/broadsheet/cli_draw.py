@@ -42,7 +42,8 @@ def _loaded(what: str) -> tuple[Any, Any]:
     if not colon or not Path(file).is_file():
         raise InvalidInput(f"{what!r}: expected a file of Python and a name in it, such as module.py:Model")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     source = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(file).resolve().parent))  # so that it finds its neighbours
     try:

@@ -1,9 +1,8 @@
 """Neural circuit diagrams, measured: is the drawing the program, and are its cost and backward those of the program?
-
-``small`` draws a zoo of nine small models (perceptron, attentions, transformer layer, convolutions, residual block, U-Net,
-visual attention, GPT-2), strips the drawings of everything but geometry and text, rebuilds programs from them and runs
-both. The baseline has the same weights and inputs, and the graph of operators that graph drawers show: operators, edges,
-shapes and whose weights. ``full`` does the same with a Hugging Face model from the user's folder.
+``small`` draws a zoo of nine small models (perceptron, attentions, transformer layer, convolutions, residual block,
+U-Net, visual attention, GPT-2), strips the drawings of everything but geometry and text, rebuilds programs from them
+and runs both. The baseline has the same weights and inputs, and the graph of operators that graph drawers show:
+operators, edges, shapes and whose weights. ``full`` does the same with a Hugging Face model from the user's folder.
 """
 
 import re
@@ -178,8 +177,9 @@ def _full(ctx: Context) -> dict:
     from transformers import AutoModelForCausalLM
 
     model = CausalLogits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")).eval().to(ctx.device)
+    vocabulary: Any = model.model.config.vocab_size
     with seeded(ctx.seed):
-        ids = torch.randint(model.model.config.vocab_size, (1, 16)).to(ctx.device)
+        ids = torch.randint(int(vocabulary), (1, 16)).to(ctx.device)
     flat = traced(model, ids)
     with torch.no_grad():
         want = model(ids)
@@ -200,16 +200,16 @@ def draw(records: list[dict]) -> list[Plate]:
     if "published" in records[0]:
         return []
     models = zoo(0)
-    plates = []
+    plates: list[Plate] = []
     captions = {
-        "multi-head-attention": "Multi-head attention, traced from a torch module. Every wire is an axis: L learned maps"
+        "multi-head-attention": "Multi-head attention, traced from a torch module. Wires are axes: L are maps"
         " to heads h and k, half-circles contract, dots join axes that run in step, the triangle is the softmax.",
-        "encoder-layer": "A pre-norm transformer layer: dots on wires copy the stream, the ringed plus adds the branch back.",
-        "unet": "A small U-Net: stars are convolutions and pooling with their strides (T: transposed), bars concatenate the"
+        "encoder-layer": "A pre-norm transformer layer: dots on wires copy the stream, a ringed plus adds the branch.",
+        "unet": "A small U-Net: stars are convolutions and pooling with strides (T: transposed), bars concatenate the"
         " skip connections, which run along below.",
         "convolutions": "Convolutions with stride 2, with dilation 2, and transposed; squares mark the channels.",
         "identity-resnet": "An identity residual block: norm (circle), activation and convolution, twice, on a branch.",
-        "visual-attention": "Attention among the places of a picture: y and x are merged at the bars, contracted, split.",
+        "visual-attention": "Attention among the places of a picture: y and x are merged at bars, contracted, split.",
         "gpt2": "A GPT-2 of two layers as transformers writes it, down to the last slice of a fused projection.",
     }
     models["vision-transformer"] = (VisionTransformer().eval(), (torch.zeros(2, 3, 8, 8),))
@@ -223,8 +223,7 @@ def draw(records: list[dict]) -> list[Plate]:
         "RBTransformer, of another paper of this edition, with one block: electrodes e attend to each other."
     )
     models = {name: models[name] for name in (*DRAWN, "vision-transformer", "rbtransformer") if name in models}
-    for name in models:
-        plates.append(Plate(name, figure(scene(diagram(*models[name]), width=WIDTH)), captions[name]))
+    plates += [Plate(n, figure(scene(diagram(*m), width=WIDTH)), captions[n]) for n, m in models.items()]
     pair = diagram(*zoo(0, False)["scaled-attention"], axis_names=["y k", "x k", "x k"]).backward()
     for side, made in (("forward", pair.forward), ("backward", pair.backward)):
         text = (
@@ -256,6 +255,6 @@ def _draw_rebuilt(records: list[dict]) -> Plate:
         ax.tick_params(length=0)
     text = (
         "Which models run to the same output when they are rebuilt from the picture alone (filled). The operator graph has"
-        " names, shapes and edges; which axes an operator works on, and numbers such as a scale, it leaves to guessing."
+        " names, shapes and edges; the axes that an operator works on, numbers such as a scale, is left to guessing."
     )
     return Plate("rebuilt", chart, text)

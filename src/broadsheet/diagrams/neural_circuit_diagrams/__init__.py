@@ -1,7 +1,6 @@
 """Neural circuit diagrams: architectures drawn so exactly that shapes, cost and gradients are read off the drawing.
-
-Source: Vincent Abbott, *Neural Circuit Diagrams: Robust Diagrams for the Communication, Implementation, and Analysis of
-Deep Learning Architectures*, TMLR 2024, arXiv:2402.05424.
+Source: Vincent Abbott, *Neural Circuit Diagrams: Robust Diagrams for the Communication, Implementation, and Analysis
+of Deep Learning Architectures*, TMLR 2024, arXiv:2402.05424.
 """
 
 from broadsheet.diagrams.neural_circuit_diagrams.axes import Axis, axes

@@ -1,7 +1,6 @@
 """Time and memory read off a diagram, as numbers where sizes are known and as polynomials in the sizes.
-
-Source: section 3.6 of the paper: a step costs its own work times the sizes of all wires that pass over it; a column of
-data holds the products of its arrays' sizes.
+Source: section 3.6 of the paper: a step costs its own work times the sizes of all wires that pass over it; a column
+of data holds the products of its arrays' sizes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Diagrams: steps between tuples of arrays, composed one after the other and side by side.
-
-A diagram is held as an open graph in which every value is made once and used once, with copies and deletions as steps of
-their own. Associativity, identities and the interchange of disjoint steps then hold by construction: expressions that
-differ by them only are the same graph.
+A diagram is held as an open graph in which every value is made once and used once, with copies and deletions as steps
+of their own. Associativity, identities and the interchange of disjoint steps then hold by construction: expressions
+that differ by them only are the same graph.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What every step of a diagram is made of: the contract, and the steps that only move data.
-
-A step has a pattern in the manner of einops: letters for the axes of every array that goes in and that comes out. Letters
-that the step itself knows (its core) are touched; all others are broadcast, and their wires run past it. Each class holds
-a step's meaning (``run``), drawing (``glyph``, ``label``, ``touches``), cost (``madds``) and backward rule (``pullback``)
-in one place.
+A step has a pattern in the manner of einops: letters for the axes of every array that goes in and that comes out.
+Letters that the step itself knows (its core) are touched; all others are broadcast, and their wires run past it. Each
+class holds a step's meaning (``run``), drawing (``glyph``, ``label``, ``touches``), cost (``madds``) and backward
+rule (``pullback``) in one place.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class Pattern:
         return tuple(dict.fromkeys(letter for array in (*self.ins, *self.outs) for letter in array))
 
 
-def volume(letters: Sequence[str], size: Mapping[str, Any]) -> Expr:
+def volume(letters: Sequence[str], size: Mapping[str, Any]) -> Any:
     """The number of elements of an array."""
-    return prod([size[letter] for letter in letters], start=Integer(1))
+    return Integer(1) * prod([size[letter] for letter in letters])
 
 
 def aligned(x: Tensor, letters: Letters, target: Letters) -> Tensor:
@@ -228,7 +227,7 @@ class Add(Generator):
 
 @dataclass(frozen=True)
 class View(Generator):
-    """Merge neighbouring axes into one or split one into several; ``before`` and ``after`` are the letters concerned."""
+    """Merge neighbouring axes into one or split one into several: from the letters ``before`` to ``after``."""
 
     before: Letters = ()
     after: Letters = ()

@@ -227,7 +227,7 @@ def _past(
         dots += _spider(pen, at, c, into, out, x, solid)
     scalars = [ys[0] for row, ys in zip(step.at.ins, at.ins, strict=True) if not row]
     for row, ys in zip(step.at.outs, at.outs, strict=True):
-        if not row and scalars and not step.op.glyph == "box":
+        if not row and scalars and step.op.glyph != "box":
             pen.piece((at.a, scalars[0]), [curve(at.a, scalars[0], at.b, ys[0])], (at.b, ys[0]), "", "wire scalar")
     if dots:
         pen.scene.glyphs.append(Group("glyph dots", list(dots)))
@@ -380,8 +380,7 @@ def _softmax(pen: Pen, at: Place, number: int) -> None:
     pen.piece((x1, out), [("L", at.b, out)], (at.b, out), at.names.get(c, ""))
     _past(pen, at, {c}, {c})
     parts: list[Text | Path] = [polygon((x0, out), (x1, out - 8), (x1, out + 8), width=1.4)]
-    for line in said(at.step):
-        parts.append(Text(x1 + 3 + runs_width(line, 9) / 2, out - 3, line, 9, "said"))
+    parts += [Text(x1 + 3 + runs_width(line, 9) / 2, out - 3, line, 9, "said") for line in said(at.step)]
     pen.glyph("softmax", parts, number)
 
 
@@ -406,8 +405,7 @@ def _norm(pen: Pen, at: Place, number: int) -> None:
         parts.append(
             Path((("M", m - 4, out), ("L", m - 2, out + 4), ("L", m + 1, out - 4), ("L", m + 5, out - 4)), "tick")
         )
-    for line in said(at.step):
-        parts.append(Text(x1 + 2 + runs_width(line, SIZE) / 2, out - 4, line, SIZE, "said"))
+    parts += [Text(x1 + 2 + runs_width(line, SIZE) / 2, out - 4, line, SIZE, "said") for line in said(at.step)]
     pen.glyph(f"norm {op.kind}", parts, number)
 
 

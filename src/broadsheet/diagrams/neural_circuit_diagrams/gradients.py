@@ -1,7 +1,6 @@
 """Backward diagrams: the mirror image of a diagram, with what it saves handed over.
-
-Every generator knows its own backward rule; here they are strung together in reverse order, and only what the rules ask
-for is saved. A value and its copies are saved once.
+Every generator knows its own backward rule; here they are strung together in reverse order, and only what the rules
+ask for is saved. A value and its copies are saved once.
 """
 
 from __future__ import annotations
@@ -105,7 +104,9 @@ def backward(diagram: Diagram) -> BackwardPair:
             continue
         op = replace(step.op, n=len(gs)) if isinstance(step.op, Copy) else step.op
         needed = {"x": step.ins, "y": step.outs, "": ()}[op.saves]
-        found = op.pullback(build, step.at, gs, [saved(v) for v in needed], diagram.axes_of(step))
+        found = op.pullback(
+            build, step.at, [g for g in gs if g is not None], [saved(v) for v in needed], diagram.axes_of(step)
+        )
         cotangent.update(zip(step.ins, found, strict=True))
     inputs = tuple(i for i, v in enumerate(diagram.inputs) if cotangent.get(v) is not None)
     names = tuple(sorted(build.gradients))
@@ -117,7 +118,7 @@ def backward(diagram: Diagram) -> BackwardPair:
     kept = {v: i for v, i in kept.items() if i in used}
     build.inputs = [*outside, *kept.values()]
     marks = {v: f"s{n}" for n, v in enumerate(kept, 1)}
-    back = build.finish(results)
+    back = build.finish([value for value in results if value is not None])
     back = replace(back, notes={i: marks[v] for v, i in kept.items()})
     return BackwardPair(_saving(diagram, marks), back, len(diagram.outputs), inputs, names)
 

@@ -81,15 +81,15 @@ def _boxed(made: Diagram, key: str, numbers: list[int], whole: Diagram) -> Diagr
     letters = {v: tuple(f"{v}:{i}" for i in range(len(made.values[v]))) for v in (*into, *out)}
     at = Pattern(tuple(letters[v] for v in into), tuple(letters[v] for v in out))
     box = Step(Block(key or "model", (inner,)), at, tuple(into), tuple(out), key)
-    before = [s for s in made.steps if not any(s is c for c in inside)]
-    ready, early, late = set(made.inputs), [], []
-    waiting = {v for s in before for v in s.outs if False}
-    blocked = set(out) | waiting
-    for s in before:
-        (late if set(s.ins) & blocked else early).append(s)
-        if s is late[-1] if late else False:
+    blocked, early, late = set(out), [], []
+    for s in made.steps:
+        if any(s is c for c in inside):
+            continue
+        if set(s.ins) & blocked:
+            late.append(s)
             blocked |= set(s.outs)
-        ready |= set(s.outs)
+        else:
+            early.append(s)
     return replace(made, steps=(*early, box, *late))
 
 
@@ -108,10 +108,10 @@ def _collapsed(d: Diagram) -> Diagram:
             if not isinstance(s.op, Block) or not s.outs:
                 continue
             t = user.get(s.outs[0])
-            if t is not None and isinstance(t.op, Block) and t is not s and t.ins == s.outs:
-                if _shape(s.op.inner[-1]) == _shape(t.op.inner[0]):
-                    found = (s, t)
-                    break
+            alike = t is not None and isinstance(t.op, Block) and t is not s and t.ins == s.outs
+            if alike and _shape(s.op.inner[-1]) == _shape(t.op.inner[0]):
+                found = (s, t)
+                break
         if found is None:
             return replace(d, steps=tuple(steps))
         s, t = found

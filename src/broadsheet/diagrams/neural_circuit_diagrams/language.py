@@ -1,7 +1,6 @@
 """The language: diagrams written as expressions, ``einsum("y k, x k -> y x") >> scale(0.5) >> softmax("x")``.
-
-``f >> g`` is f then g; ``f & g`` puts them side by side. Axes that a step does not name are broadcast, as their wires run
-past it. Names in patterns stand for the axis of that name; axes made by ``axes`` give them sizes.
+``f >> g`` is f then g; ``f & g`` puts them side by side. Axes that a step does not name are broadcast, as their wires
+run past it. Names in patterns stand for the axis of that name; axes made by ``axes`` give them sizes.
 """
 
 from __future__ import annotations
@@ -188,7 +187,7 @@ def conv(
     at = _pattern(pattern)
     n = len(at.ins[0]) - 1
     held = {f"{name}.{key}": value for key, value in (weights or {}).items()}
-    options = [(value,) * n for value in (k, stride, padding, dilation)]
+    options: list[Any] = [(value,) * n for value in (k, stride, padding, dilation)]
     step = Conv(
         at.ins[0][1:], at.outs[0][1:], (at.ins[0][0], at.outs[0][0]), name, *options, bias="bias" in (weights or {})
     )

@@ -1,7 +1,7 @@
 """The algebra's laws as rewrites: each is applied only where it holds, and then checked on random numbers.
-
-Disjoint steps slide past each other by construction (see ``diagram``). What is left are laws that depend on what a step
-is: linear steps on different axes of one array commute, softmax does not; elementwise functions pass wiring, not sums.
+Disjoint steps slide past each other by construction (see ``diagram``). What is left are laws that depend on what a
+step is: linear steps on different axes of one array commute, softmax does not; elementwise functions pass wiring, not
+sums.
 """
 
 from __future__ import annotations

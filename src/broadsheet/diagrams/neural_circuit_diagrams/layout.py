@@ -1,11 +1,11 @@
 """Where everything stands: the order of arrays in every column, then the height of every wire.
-
-Orders come from barycentre sweeps over the columns; what they leave crossed becomes a drawn swap in a column of its own.
-Heights come from one linear programme: wires that go on should stay level, under fixed gaps.
+Orders come from barycentre sweeps over the columns; what they leave crossed becomes a drawn swap in a column of its
+own. Heights come from one linear programme: wires that go on should stay level, under fixed gaps.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -213,7 +213,7 @@ def _heights(diagram: Diagram, found: Plan) -> list[dict[Slot, float]]:
         before = None
         for value in boundary:
             mine = [number[(t, slot)] for slot in slots(diagram, value)]
-            below += [(a, b, PITCH) for a, b in zip(mine, mine[1:], strict=False)]
+            below += [(a, b, PITCH) for a, b in itertools.pairwise(mine)]
             below += [(before, mine[0], GAP)] if before is not None else []
             before = mine[-1]
     for t, change in enumerate(found.transitions):

@@ -58,7 +58,8 @@ class Einsum(Generator):
 class Linear(Generator):
     """A learned affine map from the letters ``before`` to the letters ``after``.
 
-    The weight ``{name}.weight`` has the axes ``[*after, *before]``, as in ``torch.nn.Linear``; ``transposed`` maps back.
+    The weight ``{name}.weight`` has the axes ``[*after, *before]``, as in ``torch.nn.Linear``; ``transposed``
+    maps back.
     """
 
     before: Letters = ()

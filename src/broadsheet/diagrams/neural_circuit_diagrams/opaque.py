@@ -79,8 +79,8 @@ class Vjp(Generator):
         wrt: weights whose gradients come out behind those of the inputs.
     """
 
-    of: Generator = Generator()
-    at: Pattern = Pattern((), ())
+    of: Generator = field(default_factory=Generator)
+    at: Pattern = field(default_factory=lambda: Pattern((), ()))
     wrt: tuple[str, ...] = ()
     glyph: ClassVar[str] = "box"
 
@@ -99,7 +99,7 @@ class Vjp(Generator):
         def f(arrays, learned):
             return tuple(self.of.run(list(arrays), self.at, size, {**weights, **learned}))
 
-        _, back = torch.func.vjp(f, tuple(xs[:n]), {name: weights[name] for name in self.wrt})
+        back: Any = torch.func.vjp(f, tuple(xs[:n]), {name: weights[name] for name in self.wrt})[1]
         inputs, learned = back(tuple(xs[n:]))
         return [*inputs, *(learned[name] for name in self.wrt)]
 

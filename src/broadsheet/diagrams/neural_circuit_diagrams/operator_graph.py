@@ -1,8 +1,7 @@
 """What an ordinary graph of operators holds, and the best attempt to run it: the rival of a circuit diagram.
-
-Drawers of graphs (torchview, torchlens, netron) show operators with edges, shapes of tensors, and whose weights are used.
-What else an operator was told, which axis, which stride, which number, is not in the picture. ``rebuild`` fills it in by
-the usual choice, or by the first choice that gives the shapes in the picture.
+Drawers of graphs (torchview, torchlens, netron) show operators with edges, shapes of tensors, and whose weights are
+used. What else an operator was told, which axis, which stride, which number, is not in the picture. ``rebuild`` fills
+it in by the usual choice, or by the first choice that gives the shapes in the picture.
 """
 
 from __future__ import annotations
@@ -90,9 +89,9 @@ def _guessed(node: Operator, args: list[Any]) -> Tensor | None:
     return None
 
 
-def _choices(name: str, args: list[Any], shape: tuple[int, ...]) -> list[Callable[[], Tensor]]:
+def _choices(name: str, args: list[Any], shape: tuple[int, ...]) -> list[Callable[[], Any]]:
     """What an operator may have been told, the likeliest first."""
-    x = args[0] if args else None
+    x: Any = args[0] if args else None
     rank = x.ndim if isinstance(x, Tensor) else 0
     if name in ("view", "reshape", "flatten", "_unsafe_view", "squeeze", "unsqueeze", "unflatten"):
         return [lambda: x.reshape(shape)]

@@ -49,7 +49,7 @@ def _same(x: Held, value: int) -> Held:
     return Held(value, x.dims)
 
 
-def _apply(tracer: Tracer, x: Held, name: str) -> Held:
+def _apply(tracer: Tracer, x: Any, name: str) -> Held:
     letters, axes = tracer.letters(x)
     return _same(x, tracer.emit(Elementwise(name), [(x.value, letters)], [letters], axes)[0])
 
@@ -309,12 +309,9 @@ def _embedding(tracer: Tracer, weight: Any, ids: Any, *_: Any) -> Any:
 
 
 def _spatial(tracer: Tracer, x: Held, n: int) -> tuple[Held, list[int]]:
-    found = []
     for d in range(-n - 1, 0):
         x, _ = tracer.single(x, d)
-    for d in range(-n - 1, 0):
-        found.append(x.dims[d][0])
-    return x, found
+    return x, [x.dims[d][0] for d in range(-n - 1, 0)]
 
 
 def _extent(n: int, k: int, s: int, p: int, d: int) -> int:
@@ -323,7 +320,8 @@ def _extent(n: int, k: int, s: int, p: int, d: int) -> int:
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
 def _conv(
-    tracer: Tracer, x: Any, weight: Any, bias: Any = None, stride: Any = (1,), padding: Any = (0,), dilation: Any = (1,),
+    tracer: Tracer, x: Any, weight: Any, bias: Any = None, stride: Any = (1,), padding: Any = (0,),
+    dilation: Any = (1,),
     groups: Any = 1, *more: Any,
 ) -> Any:  # fmt: skip
     if not isinstance(weight, Fixed) or not isinstance(bias, Fixed | None) or isinstance(padding, str) or more:

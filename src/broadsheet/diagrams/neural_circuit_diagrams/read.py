@@ -1,12 +1,12 @@
 """Read a diagram back from its drawing: from shapes, where wires end, and what is written, and from nothing else.
-
 Wires are followed by the points where they meet; arrays are what dashed lines part; a column of steps is what stands
-between two column marks. Attributes ``data-*`` are not looked at. Numbers of weights are not in a drawing: they are handed
-over by name, as are functions of boxes.
+between two column marks. Attributes ``data-*`` are not looked at. Numbers of weights are not in a drawing: they are
+handed over by name, as are functions of boxes.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -146,7 +146,7 @@ def _rows(root: ElementTree.Element) -> list[Row]:
             if kind[0] == "column":
                 row.marks.append(points[0][0])
                 continue
-            pieces = [Line(a, b, "scalar" in kind) for a, b in zip(points, points[1:], strict=False)]
+            pieces = [Line(a, b, "scalar" in kind) for a, b in itertools.pairwise(points)]
             (row.wires if kind[0] == "wire" else row.dashes).extend(pieces)
     for row in rows:
         row.marks.sort()

@@ -1,9 +1,8 @@
 """From any torch module to its diagram: ``torch.export`` writes the program down, every operator becomes steps.
-
-A tensor of the program is a value of the diagram and, for each of its dimensions, which wires it consists of: none (size
-1), one, or several that a reshape has merged. Merges and transpositions stay unspoken until a step needs them, so that
-they are drawn only where they do something; a linear layer takes or makes several axes at once. Axes that pointwise
-operators align become one by union-find, except where an array would then have an axis twice.
+A tensor of the program is a value of the diagram and, for each of its dimensions, which wires it consists of: none
+(size 1), one, or several that a reshape has merged. Merges and transpositions stay unspoken until a step needs them,
+so that they are drawn only where they do something; a linear layer takes or makes several axes at once. Axes that
+pointwise operators align become one by union-find, except where an array would then have an axis twice.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class Tracer:
         mine = [letters[i] for i in group]
         if list(group) != list(range(group[0], group[0] + len(group))):
             rest = [c for c in letters if c not in mine]
-            order = tuple([*rest[: min(group)], *mine, *rest[min(group) :]])
+            order = (*rest[: min(group)], *mine, *rest[min(group) :])
             (value,) = self.emit(Einsum(), [(t.value, letters)], [order], axes)
             place = {letters.index(c): i for i, c in enumerate(order)}
             return self.merged(Held(value, tuple(tuple(place[i] for i in g) for g in t.dims)), dim)
@@ -446,8 +445,8 @@ def diagram(
     made = traced(module, example_inputs, axis_names)
     if depth is None and len(made.steps) > LIMIT:
         warnings.warn(
-            f"{len(made.steps)} steps: drawn as boxes of submodules. depth=2, 3, ... goes deeper, and a submodule can be"
-            " drawn by itself",
+            f"{len(made.steps)} steps: drawn as boxes of submodules. depth=2, 3, ... goes deeper, and a submodule can"
+            " be drawn by itself",
             DepthWarning,
             stacklevel=2,
         )
