@@ -1,4 +1,4 @@
-"""From a module to a drawing: tracing and layout against drawers of operator graphs, on deeper and deeper transformers."""
+"""From a module to a drawing: tracing and layout against drawers of operator graphs, by depth."""
 
 from typing import Any
 
