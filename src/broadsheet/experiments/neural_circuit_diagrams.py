@@ -254,7 +254,7 @@ def _draw_rebuilt(records: list[dict]) -> Plate:
             spine.set_visible(False)
         ax.tick_params(length=0)
     text = (
-        "Which models run to the same output when they are rebuilt from the picture alone (filled). Operator graphs have"
-        " names, shapes and edges; the axes that an operator works on, numbers such as a scale, is left to guessing."
+        "Which models run to the same output when rebuilt from the picture alone (filled). Operator graphs have"
+        " names, shapes and edges; axes that an operator works on and numbers such as a scale are left to guessing."
     )
     return Plate("rebuilt", chart, text)
