@@ -61,8 +61,12 @@ def run(ctx: Context) -> dict:
 
 def _digits(ctx: Context) -> dict[str, Any]:
     digits = load_digits_split(ctx.seed)
-    models = {}
-    for name, loss in (("plain", {}), ("robust", {"loss_fn": AdversarialLoss(ROBUST["eps"], ROBUST["steps"])})):
+    models: dict[str, nn.Module] = {}
+    losses: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("plain", {}),
+        ("robust", {"loss_fn": AdversarialLoss(ROBUST["eps"], ROBUST["steps"])}),
+    )
+    for name, loss in losses:
         model = small_cnn(NETWORK["channels"], NETWORK["hidden"], seed=ctx.seed).to(ctx.device)
         train_classifier(
             model, digits.x, digits.y, epochs=NETWORK["epochs"] if name == "plain" else ROBUST["epochs"],
@@ -190,8 +194,8 @@ def _row(model: nn.Module, walk: Traversal, judges: dict[str, Any], aims: Tensor
         "path_minimum": float(lowest.mean()),
         "path_kept": float((lowest >= walk.start_confidence - WALK["threshold"]).double().mean()),
         "accepted": float(walk.accepted.double().mean()),
-        "rmse": float(apart["rmse"].mean()),
-        "ssim": float(apart["ssim"].mean()),
+        "rmse": float(apart["rmse"].to_numpy().mean()),
+        "ssim": float(apart["ssim"].to_numpy().mean()),
         **{name: float((judge.predict(flat) == wanted).mean()) for name, judge in judges.items()},
     }
 
@@ -254,7 +258,7 @@ def _imagenet(ctx: Context) -> dict[str, Any]:
                 model, walk.source, walk.images, label=walk.labels, normalise=normalise, batch_size=64
             )
             apart = image_distances(walk.images, walk.target)
-            rows.append((walk.remaining.mean(), walk.confidence.mean(), path.mean(), apart["rmse"].mean()))
+            rows.append((walk.remaining.mean(), walk.confidence.mean(), path.mean(), apart["rmse"].to_numpy().mean()))
         means = np.mean([[float(v) for v in row] for row in rows], axis=0).tolist()
         record[name] = dict(zip(("remaining", "confidence", "path_mean", "rmse"), means, strict=True))
         if number == 0:

@@ -375,7 +375,9 @@ def _softmax(pen: Pen, at: Place, number: int) -> None:
     (y,) = at.eaten()
     out = at.emitted()[0]
     x0, x1 = at.middle - 8, at.middle + 8
-    c = at.step.op.eats[0][0]
+    eats = at.step.op.eats
+    assert eats is not None  # a softmax always reads an axis
+    c = eats[0][0]
     pen.piece((at.a, y), [curve(at.a, y, x0, out)], (x0, out), at.names.get(c, ""))
     pen.piece((x1, out), [("L", at.b, out)], (at.b, out), at.names.get(c, ""))
     _past(pen, at, {c}, {c})

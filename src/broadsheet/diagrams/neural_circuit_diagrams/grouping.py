@@ -108,8 +108,9 @@ def _collapsed(d: Diagram) -> Diagram:
             if not isinstance(s.op, Block) or not s.outs:
                 continue
             t = user.get(s.outs[0])
-            alike = t is not None and isinstance(t.op, Block) and t is not s and t.ins == s.outs
-            if alike and _shape(s.op.inner[-1]) == _shape(t.op.inner[0]):
+            if t is None or not isinstance(t.op, Block) or t is s or t.ins != s.outs:
+                continue
+            if _shape(s.op.inner[-1]) == _shape(t.op.inner[0]):
                 found = (s, t)
                 break
         if found is None:

@@ -697,8 +697,8 @@ def _cat(tracer: Tracer, xs: Sequence[Operand], dim: int = 0) -> Any:
 
 @rule("einsum")
 def _einsum(tracer: Tracer, equation: str, xs: Sequence[Operand], **_: Any) -> Any:
-    left, _, right = equation.replace(" ", "").partition("->")
-    if "." in equation or not _:
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if "." in equation or not arrow:
         return NotImplemented
     rows = left.split(",")
     ts = []
