@@ -53,8 +53,13 @@ def test_small_measures_every_claim_and_draws(monkeypatch: pytest.MonkeyPatch) -
     kept, dropped, _ = context.measured["norm-scale-kept"]
     assert kept < 1e-4 < dropped
     json.dumps(record)
-    again = trial("attention-sae", seed=0, **TINY)[0]
-    assert again.measured == context.measured
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_sae, "predicted", sure)
+    first, second = (trial("attention-sae", seed=3, **TINY)[0] for _ in range(2))
+    assert first.measured == second.measured
 
 
 def test_information_is_entropy_less_what_is_left() -> None:
