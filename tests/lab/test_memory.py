@@ -81,5 +81,6 @@ def test_freed_memory_does_not_count_where_it_goes_back_at_once():
         return [torch.ones(2**18) for _ in range(60)]
 
     with memory.freed_at_once():
-        assert peak(one_after_another)[1] < 6
+        # One at a time is 1 MiB, and what the process itself does meanwhile; the library alone would keep up to 64.
+        assert peak(one_after_another)[1] < 16
         assert peak(growing)[1] > 55
