@@ -1,6 +1,7 @@
 """The command line. Every heavy import waits until a command needs it."""
 
 import json
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,8 +158,7 @@ def run(
     ] = None,
 ) -> None:
     """Measure a paper's claims over seeds and give verdicts."""
-    from broadsheet.lab import machine
-    from broadsheet.lab import run as measure
+    from broadsheet.lab import machine, run_papers
     from broadsheet.lab.results import publish as publish_outcome
     from broadsheet.lab.results import require_writable, results_dir
     from broadsheet.nn.progress import live
@@ -167,62 +167,61 @@ def run(
     machine.device(device)
     if publish:
         require_writable(results_dir())
-    console, printed = _console(), []
-    for name in chosen:
-        try:
-            with live() as progress:
-                outcome = measure(
-                    name,
-                    preset=preset,
-                    seeds=seeds,
-                    first_seed=first_seed,
-                    device=device,
-                    progress=progress,
-                    fresh=fresh,
-                    jobs=jobs,
-                )
-        except KeyboardInterrupt:
-            typer.echo(
-                f"\nbroadsheet: {name} was interrupted; the same command goes on from where it stopped"
-                " (--fresh starts anew).",
-                err=True,
-            )
-            raise typer.Exit(130) from None
-        target = publish_outcome(outcome) if publish else None
-        if as_json:
-            printed.append(
-                {
-                    "slug": outcome.paper.slug,
-                    "preset": outcome.preset,
-                    "seeds": list(outcome.seeds),
-                    "device": outcome.device,
-                    "wall_s": outcome.wall_s,
-                    "peak_mib": outcome.peak_mib,
-                    "claims": [_finding_json(found) for found in outcome.findings],
-                    "figures": [{"file": str(file), "caption": caption} for file, caption in outcome.figures],
-                    "published": None if target is None else str(target),
-                }
-            )
-            continue
-        _print_claims(console, outcome.paper.title, outcome.findings)
-        taken = f", seeds {list(outcome.resumed)} taken over from an interrupted run" if outcome.resumed else ""
-        work = f"{outcome.wall_s:.0f} s of work on {outcome.device}"
-        console.print(
-            f"{len(outcome.seeds)} seeds, preset {outcome.preset}, {work}{taken}.",
-            highlight=False,
+    console, printed = _console(), {}
+    try:
+        with live() as progress:
+            outcomes = run_papers(
+                chosen, preset=preset, seeds=seeds, first_seed=first_seed, device=device, progress=progress,
+                fresh=fresh, jobs=jobs,
+            )  # fmt: skip
+            with closing(outcomes):
+                for outcome in outcomes:
+                    target = publish_outcome(outcome) if publish else None
+                    if as_json:
+                        printed[outcome.paper.slug] = _outcome_json(outcome, target)
+                        continue
+                    with progress.aside():
+                        _print_outcome(console, outcome, target)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nbroadsheet: {', '.join(chosen)} interrupted; the same command goes on from where it stopped"
+            " (--fresh starts anew).",
+            err=True,
         )
-        if outcome.figures:
-            typer.echo(f"Figures: {outcome.figures[0][0].parent}")
-        if target is not None:
-            typer.echo(f"Published: {target}")
+        raise typer.Exit(130) from None
     if as_json:
-        _print_json(printed if slug is None else printed[0])
+        _print_json([printed[name] for name in chosen] if slug is None else printed[chosen[0]])
     else:
         typer.echo(
             f"Next: broadsheet show {chosen[0]}   (the paper, its caveats, code to copy)\n"
             "      broadsheet papers           (all papers of this edition)\n"
             "      broadsheet report           (claims and figures as one page)"
         )
+
+
+def _outcome_json(outcome: Any, target: Any) -> dict[str, Any]:
+    return {
+        "slug": outcome.paper.slug,
+        "preset": outcome.preset,
+        "seeds": list(outcome.seeds),
+        "device": outcome.device,
+        "wall_s": outcome.wall_s,
+        "peak_mib": outcome.peak_mib,
+        "claims": [_finding_json(found) for found in outcome.findings],
+        "figures": [{"file": str(file), "caption": caption} for file, caption in outcome.figures],
+        "published": None if target is None else str(target),
+    }
+
+
+def _print_outcome(console: Any, outcome: Any, target: Any) -> None:
+    _print_claims(console, outcome.paper.title, outcome.findings)
+    taken = f", seeds {list(outcome.resumed)} taken over from an interrupted run" if outcome.resumed else ""
+    work = f"{outcome.wall_s:.0f} s of work on {outcome.device}"
+    console.print(f"{len(outcome.seeds)} seeds, preset {outcome.preset}, {work}{taken}.", highlight=False)
+    if outcome.figures:
+        typer.echo(f"Figures: {outcome.figures[0][0].parent}")
+    if target is not None:
+        typer.echo(f"Published: {target}")
 
 
 def _results(slug: str | None, field: str | None, local: bool) -> list[Any]:

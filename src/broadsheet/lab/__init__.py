@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "context": ["Context", "Plate"],
         "ledger": ["Ledger", "Measurement"],
         "results": ["Published", "publish", "published"],
-        "runner": ["Outcome", "run"],
+        "runner": ["Outcome", "run", "run_papers"],
         "verdicts": ["Finding", "Verdict", "finding"],
     },
     submodules=["context", "ledger", "machine", "memory", "report", "results", "runner", "testing", "verdicts"],

@@ -42,8 +42,8 @@ def _cores() -> int:
 
 def run_seeds(
     one_seed: Any, contexts: Sequence[tuple[Context, Path]], jobs: int, progress: Progress
-) -> Generator[int, None, None]:
-    """Run the seeds, some at a time.
+) -> Generator[tuple[Context, BaseException | None], None, None]:
+    """Run seeds, of one paper or of several, some at a time.
 
     Args:
         one_seed: ``(context, done)``, a function of a module; it measures the context's seed and writes ``done``.
@@ -52,7 +52,7 @@ def run_seeds(
         progress: where all of them show themselves.
 
     Yields:
-        each seed as soon as it is done, in any order.
+        each context as soon as its seed is done, in any order, with the error that ended it or None.
 
     Raises:
         BroadsheetError: a process was killed.
@@ -65,17 +65,17 @@ def run_seeds(
     with _relayed(messages, progress):
         try:
             futures = {
-                executor.submit(_work, one_seed, replace(context, progress=Progress()), done): context.seed
+                executor.submit(_work, one_seed, replace(context, progress=Progress()), done): context
                 for context, done in contexts
             }
             for future in as_completed(futures):
-                future.result()
-                yield futures[future]
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise BroadsheetError(
+                        "a process that measured a seed was killed, perhaps for want of memory: --jobs 1 needs least"
+                    ) from error
+                yield futures[future], error
             finished = True
-        except BrokenProcessPool as error:
-            raise BroadsheetError(
-                "a process that measured a seed was killed, perhaps for want of memory: --jobs 1 needs least"
-            ) from error
         finally:
             executor.shutdown(wait=finished, cancel_futures=True)
             if not finished:
@@ -120,7 +120,7 @@ def _work(one_seed: Any, context: Context, done: Path) -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        one_seed(replace(context, progress=_Sent(_messages, context.seed)), done)
+        one_seed(replace(context, progress=_Sent(_messages, context)), done)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -128,14 +128,15 @@ def _work(one_seed: Any, context: Context, done: Path) -> None:
 class _Sent(Progress):
     """Progress that is shown by another process."""
 
-    def __init__(self, messages: Any, seed: int) -> None:
-        self._messages, self._seed, self._tasks = messages, seed, 0
+    def __init__(self, messages: Any, context: Context) -> None:
+        self._messages, self._from, self._tasks = messages, (context.slug, context.seed), 0
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
         self._tasks += 1
-        key = (self._seed, self._tasks)
-        self._messages.put(("begin", key, f"seed {self._seed}: {description}", total))
+        slug, seed = self._from
+        key = (slug, seed, self._tasks)
+        self._messages.put(("begin", key, f"{slug}, seed {seed}: {description}", total))
         try:
             yield _SentTask(self._messages, key)
         finally:
@@ -145,7 +146,7 @@ class _Sent(Progress):
 class _SentTask(Task):
     """Steps are sent a few times a second: a training of thousands would else be held up by telling of them."""
 
-    def __init__(self, messages: Any, key: tuple[int, int]) -> None:
+    def __init__(self, messages: Any, key: tuple[str, int, int]) -> None:
         self._messages, self._key, self._steps, self._sent = messages, key, 0, 0.0
 
     def advance(self, n: int = 1, **numbers: float) -> None:
@@ -172,7 +173,7 @@ def _relayed(messages: Any, progress: Progress) -> Iterator[None]:
 
 
 def _listen(messages: Any, progress: Progress) -> None:
-    shown: dict[tuple[int, int], tuple[ExitStack, Task]] = {}
+    shown: dict[tuple[str, int, int], tuple[ExitStack, Task]] = {}
     while (message := messages.get()) is not None:
         kind, key, what, more = message
         if kind == "begin":

@@ -4,10 +4,9 @@ import hashlib
 import importlib
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,20 @@ def _sources(entry: Paper) -> str:
     return digest.hexdigest()[:12]
 
 
-def run(
-    slug: str,
+def run(slug: str, **how: Any) -> Outcome:
+    """Measure a paper's claims.
+
+    Args:
+        slug: the paper.
+        **how: ``preset``, ``seeds``, ``first_seed``, ``device``, ``ledger``, ``progress``, ``fresh`` and ``jobs`` of
+            :func:`run_papers`, which also says what is raised.
+    """
+    (outcome,) = run_papers([slug], **how)
+    return outcome
+
+
+def run_papers(
+    slugs: Sequence[str],
     *,
     preset: str = "small",
     seeds: int = 5,
@@ -96,16 +107,16 @@ def run(
     progress: Progress = SILENT,
     fresh: bool = False,
     jobs: int | None = 1,
-) -> Outcome:
-    """Measure a paper's claims.
+) -> Generator[Outcome, None, None]:
+    """Measure the claims of papers, all their seeds in one queue.
 
     A run that was interrupted is taken up where it stopped when the same run is asked for again: finished seeds are not
     measured twice, and trainings go on from their checkpoints.
 
     Args:
-        slug: the paper.
+        slugs: the papers.
         preset: ``"small"`` (no download) or ``"full"`` (the paper's data and sizes).
-        seeds: how many; the interval needs at least two.
+        seeds: how many for each paper; the interval needs at least two.
         first_seed: the first of them; seeds that settings were chosen on should not be those that are reported.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         ledger: None takes the user's own.
@@ -114,6 +125,9 @@ def run(
         jobs: seeds measured at a time, each in a process of its own with its share of the cores; None chooses by
             cores and memory. A script that asks for more than one needs ``if __name__ == "__main__":`` around it.
 
+    Yields:
+        each paper's outcome as soon as its last seed is measured.
+
     Raises:
         UnknownPaper: no such slug.
         NotBuilt: the catalogue knows the paper but its method is not built.
@@ -121,7 +135,7 @@ def run(
         DeviceUnavailable: the device is not there.
         DataMissing: ``full`` needs files that are not on this machine.
     """
-    entry = paper(slug)
+    entries = [paper(slug) for slug in dict.fromkeys(slugs)]
     if preset not in PRESETS:
         raise InvalidInput(f"preset {preset!r}: must be one of {', '.join(PRESETS)}")
     if seeds < 1:
@@ -130,72 +144,123 @@ def run(
         raise InvalidInput(f"first_seed={first_seed}: must be 0 or more")
     if jobs is not None and jobs < 1:
         raise InvalidInput(f"jobs={jobs}: at least 1 is needed")
-    chosen = range(first_seed, first_seed + seeds)
-    if not entry.built:
-        raise NotBuilt(f"{entry.slug}: this paper is in the catalogue, but its method is not built yet")
-    dev = machine.device(device)
-    module = importlib.import_module(entry.experiment)
+    for entry in entries:
+        if not entry.built:
+            raise NotBuilt(f"{entry.slug}: this paper is in the catalogue, but its method is not built yet")
+    dev, chosen = machine.device(device), range(first_seed, first_seed + seeds)
     ledger = ledger or Ledger()
-    work = home() / "runs" / f"{entry.slug}-{preset}-{dev.type}-{_sources(entry)}"
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    described = machine.describe(dev)
-    run_id = ledger.open_run(
-        entry.slug,
-        preset,
-        list(chosen),
-        device=described,
-        versions=machine.versions(),
-        commit=machine.commit(),
-        machine=machine.machine(),
-    )
+    open_runs: dict[str, _Run] = {}
+    blamed = False  # whether the run that broke has been told so: the others were only broken off
     try:
-        places = {seed: work / f"seed-{seed}" / "record" for seed in chosen}
-        resumed = [seed for seed, done in places.items() if done.exists()]
-        left = [
-            (Context(entry, preset, seed, dev, done.parent, data_dir(), progress), done)
-            for seed, done in places.items()
-            if seed not in resumed
-        ]
+        for entry in entries:
+            open_runs[entry.slug] = _Run(entry, preset, chosen, dev, ledger, fresh)
+        left = [(r.context(seed, progress), done) for r in open_runs.values() for seed, done in r.left()]
         at_once = min(jobs or automatic_jobs(dev, len(left)), max(1, len(left)))
-        records: dict[int, Any] = {}
-        with progress.task(entry.slug, total=seeds) as task:
-            measured = run_seeds(measure_seed, left, at_once, progress) if at_once > 1 else _in_turn(left)
-            with closing(measured):  # whatever happens here, no process is left behind
-                for seed in chain(resumed, measured):
-                    saved, _ = load_tree(places[seed])
-                    ledger.record(run_id, [Measurement(**row) for row in saved["measurements"]])
-                    records[seed] = saved["record"]
-                    task.advance()
-        measurements = ledger.measurements(run_id)
-        figures = save_plates(
-            home() / "figures" / f"{entry.slug}-{preset}", module.draw([records[seed] for seed in chosen])
+        measured = run_seeds(measure_seed, left, at_once, progress) if at_once > 1 else _in_turn(left)
+        what = entries[0].slug if len(entries) == 1 else f"{len(entries)} papers"
+        with progress.task(what, total=seeds * len(entries)) as task, closing(measured):  # no process is left behind
+            for slug in list(open_runs):
+                task.advance(open_runs[slug].take_resumed())
+                if open_runs[slug].complete:
+                    yield open_runs.pop(slug).finish()
+            for context, error in measured:
+                if error is not None:
+                    blamed = True
+                    open_runs.pop(context.slug).stop(error)
+                    raise error
+                open_runs[context.slug].record(context.seed)
+                task.advance()
+                if open_runs[context.slug].complete:
+                    yield open_runs.pop(context.slug).finish()
+    except BaseException as error:
+        for unfinished in open_runs.values():
+            unfinished.stop(KeyboardInterrupt("another paper's run failed") if blamed else error)
+        raise
+
+
+class _Run:
+    """One paper's run, from its entry in the ledger to its figures."""
+
+    def __init__(self, entry: Paper, preset: str, seeds: range, dev: Any, ledger: Ledger, fresh: bool) -> None:
+        self.entry, self.preset, self.seeds, self.device, self.ledger = entry, preset, seeds, dev, ledger
+        self.work = home() / "runs" / f"{entry.slug}-{preset}-{dev.type}-{_sources(entry)}"
+        if fresh:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.places = {seed: self.work / f"seed-{seed}" / "record" for seed in seeds}
+        self.resumed = [seed for seed, done in self.places.items() if done.exists()]
+        self.records: dict[int, Any] = {}
+        self.described = machine.describe(dev)
+        self.id = ledger.open_run(
+            entry.slug,
+            preset,
+            list(seeds),
+            device=self.described,
+            versions=machine.versions(),
+            commit=machine.commit(),
+            machine=machine.machine(),
         )
-        ledger.close_run(run_id, "finished")
-    except KeyboardInterrupt:
-        ledger.close_run(run_id, "interrupted", "stopped by the user")
-        raise
-    except Exception as error:
-        ledger.close_run(run_id, "failed", f"{type(error).__name__}: {error}")
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    return Outcome(
-        paper=entry,
-        preset=preset,
-        seeds=tuple(chosen),
-        findings=judge(entry, preset, measurements),
-        measurements=tuple(measurements),
-        figures=tuple(figures),
-        resumed=tuple(resumed),
-        run=run_id,
-        device=described,
-    )
+
+    def left(self) -> list[tuple[int, Path]]:
+        """Seeds that no earlier run has measured, and where each is put down."""
+        return [(seed, done) for seed, done in self.places.items() if seed not in self.resumed]
+
+    def context(self, seed: int, progress: Progress) -> Context:
+        return Context(self.entry, self.preset, seed, self.device, self.places[seed].parent, data_dir(), progress)
+
+    def take_resumed(self) -> int:
+        """Enter the seeds that an interrupted run had finished; how many."""
+        for seed in self.resumed:
+            self.record(seed)
+        return len(self.resumed)
+
+    def record(self, seed: int) -> None:
+        saved, _ = load_tree(self.places[seed])
+        self.ledger.record(self.id, [Measurement(**row) for row in saved["measurements"]])
+        self.records[seed] = saved["record"]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == len(self.seeds)
+
+    def stop(self, error: BaseException) -> None:
+        """Say in the ledger why the run did not finish."""
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            self.ledger.close_run(self.id, "interrupted", str(error) or "stopped by the user")
+        else:
+            self.ledger.close_run(self.id, "failed", f"{type(error).__name__}: {error}")
+
+    def finish(self) -> Outcome:
+        """Draw, close and judge."""
+        try:
+            measurements = self.ledger.measurements(self.id)
+            plates = importlib.import_module(self.entry.experiment).draw([self.records[seed] for seed in self.seeds])
+            figures = save_plates(home() / "figures" / f"{self.entry.slug}-{self.preset}", plates)
+        except BaseException as error:
+            self.stop(error)
+            raise
+        self.ledger.close_run(self.id, "finished")
+        shutil.rmtree(self.work, ignore_errors=True)
+        return Outcome(
+            paper=self.entry,
+            preset=self.preset,
+            seeds=tuple(self.seeds),
+            findings=judge(self.entry, self.preset, measurements),
+            measurements=tuple(measurements),
+            figures=tuple(figures),
+            resumed=tuple(self.resumed),
+            run=self.id,
+            device=self.described,
+        )
 
 
-def _in_turn(contexts: list[tuple[Context, Path]]) -> Generator[int, None, None]:
+def _in_turn(contexts: list[tuple[Context, Path]]) -> Generator[tuple[Context, BaseException | None], None, None]:
     for context, done in contexts:
-        measure_seed(context, done)
-        yield context.seed
+        try:
+            measure_seed(context, done)
+        except BaseException as error:
+            yield context, error
+        else:
+            yield context, None
 
 
 def measure_seed(context: Context, done: Path) -> None:

@@ -20,6 +20,11 @@ class Progress:
         """A stretch of ``total`` steps (None: unknown)."""
         yield Task()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Room to print something else inside the block."""
+        yield
+
 
 SILENT = Progress()
 
@@ -46,6 +51,14 @@ class RichProgress(Progress):
             yield _Bar(self._bars, task_id)
         finally:
             self._bars.remove_task(task_id)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self._bars.stop()
+        try:
+            yield
+        finally:
+            self._bars.start()
 
 
 @contextmanager
