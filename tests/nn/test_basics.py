@@ -72,3 +72,22 @@ def test_style_ends_with_its_block_and_takes_given_axes():
     assert mpl.rcParams["axes.edgecolor"] == before
     axes = new_axes()
     assert new_axes(axes) is axes
+
+
+def test_a_band_is_the_mean_with_the_range_behind_it():
+    import matplotlib.pyplot as plt
+
+    from broadsheet.nn.plotting import band, new_figure
+
+    figure, axes = new_figure(4, 3, 2)
+    rows = [[1.0, 10.0], [4.0, 1000.0]]
+    band(axes[0], [0, 1], rows, "red", "seeds", marker="o")
+    assert axes[0].lines[0].get_ydata().tolist() == [2.5, 505.0]
+    corners = axes[0].collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (1, 1000)
+    band(axes[1], [0, 1], rows, "red", logarithmic=True)
+    assert axes[1].lines[0].get_ydata() == pytest.approx([2, 100])
+    band(axes[1], [0, 1], rows[:1], "red")
+    assert len(axes[1].collections) == 1  # one seed has no range
+    assert plt.get_fignums() == []
+    assert figure.get_size_inches().tolist() == [4, 3]

@@ -66,7 +66,7 @@ from broadsheet.nn.patching import (
     path_patching,
     replacement,
 )
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, band, new_figure, style
 from broadsheet.nn.seeding import generator, seeded
 from broadsheet.nn.training import fit
 
@@ -687,15 +687,8 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _draw_planted(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.2, 3.7, 2)
+    figure, axes = new_figure(9.2, 3.7, 2)
     betas = records[0]["betas"]
     for name in ("patching", "one_pass", "attribution", "cd_t"):
         _over_scales(axes[0], records, "auc", name, (0, (2, 2)) if name == "patching" else "-")
@@ -722,9 +715,7 @@ def _over_scales(ax: Any, records: list[dict], key: str, name: str, line: Any = 
     """One method's AUC against the scale of the planted scores: mean and range over the seeds."""
     label, colour = LABELS[name]
     betas = records[0]["betas"]
-    values = np.array([r[key][name] for r in records])
-    ax.plot(betas, values.mean(0), color=colour, marker="o", markersize=4, label=label, linestyle=line)
-    ax.fill_between(betas, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+    band(ax, betas, [r[key][name] for r in records], colour, label, marker="o", markersize=4, linestyle=line)
     ax.axhline(0.5, color=COLOURS["neutral"], linewidth=0.8, linestyle=":")
     _scales(ax, betas)
 
@@ -736,7 +727,7 @@ def _scales(ax: Any, betas: list[float]) -> None:
 
 
 def _draw_edges(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.2, 3.7, 2)
+    figure, axes = new_figure(9.2, 3.7, 2)
     for name, line in (("attribution", "-"), ("cd_t", "-"), ("acdc", (0, (2, 2)))):
         _over_scales(axes[0], [r["planted"] for r in records], "edge_auc", name, line)
     axes[0].set(xlabel="scale of the planted scores (β)", ylabel="edge AUC", ylim=(0.12, 1.03))
@@ -766,7 +757,7 @@ def _draw_edges(records: list[dict]) -> Plate:
 
 
 def _draw_faithfulness(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.4, 4.0)
+    figure, ax = new_figure(6.4, 4.0)
     sizes = records[0]["sizes"][1:]  # without any head every ranking is the same
     chance = np.array([row[1:] for r in records for row in r["random"]])
     low, middle, high = np.quantile(chance, [0.05, 0.5, 0.95], axis=0)
@@ -793,7 +784,7 @@ def _draw_faithfulness(records: list[dict]) -> Plate:
 
 
 def _draw_heatmap(record: dict) -> Plate:
-    figure, axes = _figure(9.6, 4.4, 2, sharey=True)
+    figure, axes = new_figure(9.6, 4.4, 2, sharey=True)
     tables = {"CD-T": np.array(record["node_scores"]), "Exact patching": np.array(record["exact"])}
     words = list(record["template"])
     for name, place in record["roles"].items():
@@ -820,7 +811,7 @@ def _draw_heatmap(record: dict) -> Plate:
 
 def _draw_graph(record: dict) -> Plate:
     circuit = Circuit.from_dict(record["circuit"])
-    figure, ax = _figure(7.0, 4.0)
+    figure, ax = new_figure(7.0, 4.0)
     circuit.plot(ax)
     ax.set_title("The circuit of the indirect object")
     caption = (
@@ -836,7 +827,7 @@ def _draw_words(record: dict) -> Plate:
     names = {"cd_t": "CD-T", "shap": "SHAP", "lime": "LIME", "integrated_gradients": "integrated gradients",
              "occlusion": "occlusion"}  # fmt: skip
     texts = list(record["texts"].items())
-    figure, axes = _figure(11.0, 0.6 + 1.9 * len(texts), 1)
+    figure, axes = new_figure(11.0, 0.6 + 1.9 * len(texts), 1)
     ax, y, right = axes, 0.0, 0.0
     for text, table in texts:
         words = text.split()
@@ -867,7 +858,7 @@ def _draw_words(record: dict) -> Plate:
 
 
 def _draw_cost(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.6, 2.8)
+    figure, ax = new_figure(6.6, 2.8)
     names = list(records[0]["seconds"])
     values = np.array([[1000 * r["seconds"][name] for name in names] for r in records])
     y = np.arange(len(names))[::-1]
@@ -891,7 +882,7 @@ def _draw_cost(records: list[dict]) -> Plate:
 
 def _draw_manual(record: dict) -> Plate:
     titles = {"ioi": "Indirect object", "greater-than": "Greater-than", "docstring": "Docstring"}
-    figure, axes = _figure(12.0, 3.7, 3, sharey=True)
+    figure, axes = new_figure(12.0, 3.7, 3, sharey=True)
     for ax, (task, title) in zip(axes, titles.items(), strict=True):
         for name in ("attribution", "cd_t"):
             label, colour = LABELS[name]

@@ -46,7 +46,7 @@ from broadsheet.interpretability.circuit_analysis.skill import answered
 from broadsheet.interpretability.circuit_analysis.substitution import collect
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.attribution import direct_parts, parse_node
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, new_figure, style
 from broadsheet.nn.small_lm import small_language_model, train_language_model
 from broadsheet.nn.tiny_models import VOCAB, tiny_inputs, tiny_model
 
@@ -384,25 +384,16 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _draw_outputs(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.4, 3.9)
+    figure, ax = new_figure(6.4, 3.9)
     kinds = {
         "total": ("ranked by total effect", COLOURS["baseline"], "-"),
         "direct": ("ranked by direct effect", COLOURS["ours"], "-"),
         "iterated": ("taken one by one", COLOURS["accent"], (0, (2, 2))),
     }
     for name, (label, colour, line) in kinds.items():
-        values = np.array([r["outputs"]["curves"][name] for r in records])
-        x = range(values.shape[1])
-        ax.plot(x, values.mean(0), color=colour, label=label, marker="o", markersize=3.5, linestyle=line)
-        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        rows = [r["outputs"]["curves"][name] for r in records]
+        band(ax, range(len(rows[0])), rows, colour, label, marker="o", markersize=3.5, linestyle=line)
     ax.axhline(RECOVER, color=COLOURS["neutral"], linewidth=0.8, linestyle=":")
     ax.set(xlabel="parts that act directly, of 12 heads and 3 MLPs", ylabel="accuracy", ylim=(-0.03, 1.05))
     ax.set_title("How few parts write the letter")
@@ -415,7 +406,7 @@ def _draw_outputs(records: list[dict]) -> Plate:
 
 
 def _draw_direct(record: dict) -> Plate:
-    figure, axes = _figure(9.6, 4.2, 2)
+    figure, axes = new_figure(9.6, 4.2, 2)
     table = record["effects"]["shuffled"]
     attribution_bars(table["node"], table["direct"], axes[0], k=12)
     axes[0].set_title("Who writes the letter")
@@ -437,7 +428,7 @@ def _draw_attention(record: dict) -> Plate:
     kinds = [kind for row in record["kinds"] for kind in row]
     per = len(record["kinds"][0])
     order = sorted(range(len(kinds)), key=lambda i: (KINDS.index(kinds[i]), -maps["direct"][i]))
-    figure, ax = _figure(8.4, 0.33 * len(order) + 1.6)
+    figure, ax = new_figure(8.4, 0.33 * len(order) + 1.6)
     image = ax.imshow(rows[order], cmap="Reds", vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(rows.shape[1]), maps["tokens"])
     ax.set_yticks(range(len(order)), [f"{i // per}.{i % per}" for i in order])
@@ -467,14 +458,13 @@ def _draw_attention(record: dict) -> Plate:
 
 
 def _draw_ranks(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.6, 3.9, 2, sharey=True)
+    figure, axes = new_figure(9.6, 3.9, 2, sharey=True)
     for ax, basis, title in zip(
         axes, ("class_means", "random"), ("Directions of the class means", "Random directions"), strict=True
     ):
         for order, colour in LINES.items():
-            values = np.array([r["curve"][basis][order] for r in records])
-            ax.plot(RANKS, values.mean(0), color=colour, marker="o", markersize=4, label=NAMES[order])
-            ax.fill_between(RANKS, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+            rows = [r["curve"][basis][order] for r in records]
+            band(ax, RANKS, rows, colour, NAMES[order], marker="o", markersize=4)
         ax.axvline(3, color=COLOURS["neutral"], linewidth=0.8, linestyle=":")
         ax.set_xticks(RANKS)
         ax.set(xlabel="dimensions of queries and keys", ylim=(-0.03, 1.05))
@@ -490,7 +480,7 @@ def _draw_ranks(records: list[dict]) -> Plate:
 
 
 def _draw_points(record: dict) -> Plate:
-    figure, axes = _figure(10.0, 4.8, 2, subplot_kw={"projection": "3d"})
+    figure, axes = new_figure(10.0, 4.8, 2, subplot_kw={"projection": "3d"})
     for i, (ax, (order, points)) in enumerate(zip(axes, record["points"].items(), strict=True)):
         q, k, answer = (torch.tensor(points[name]) for name in ("q", "k", "answer"))
         n, items = k.shape[:2]
@@ -511,7 +501,7 @@ def _draw_points(record: dict) -> Plate:
 
 
 def _draw_features(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.6, 3.8, 2, sharey=True)
+    figure, axes = new_figure(9.6, 3.8, 2, sharey=True)
     colours = {"nth_item": COLOURS["ours"], "token": COLOURS["baseline"]}
     labels = {"nth_item": "Nth item", "token": "letter"}
     groups = [
@@ -546,7 +536,7 @@ def _draw_features(records: list[dict]) -> Plate:
 
 
 def _draw_own(record: dict) -> Plate:
-    figure, axes = _figure(10.4, 3.9, 2)
+    figure, axes = new_figure(10.4, 3.9, 2)
     axes[0].plot(record["curve"], color=COLOURS["ours"])
     axes[0].axvline(record["n"], color=COLOURS["neutral"], linewidth=0.8, linestyle=":")
     axes[0].set(xlabel="parts that act directly", ylabel="accuracy")

@@ -36,7 +36,7 @@ from broadsheet.geometry.diffusion_spectral_entropy import (
     spectral_entropy,
 )
 from broadsheet.lab import Context, Plate
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, style
 from broadsheet.nn.seeding import generator, seeded
 from broadsheet.nn.training import cosine_schedule, fit
 
@@ -624,13 +624,6 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _line(ax: Any, x: Any, values: list[Any], colour: str, label: str | None = None, **options: Any) -> None:
-    stacked = np.array([np.asarray(one, dtype=float) for one in values])
-    ax.plot(x, stacked.mean(0), color=colour, label=label, **options)
-    if len(stacked) > 1:
-        ax.fill_between(x, stacked.min(0), stacked.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
 def _draw_intrinsic(records: list[dict]) -> Plate:
     from matplotlib.figure import Figure
 
@@ -640,11 +633,9 @@ def _draw_intrinsic(records: list[dict]) -> Plate:
     for ax, key, t in zip(axes, ("dse_t1", "dse_t2"), (1, 2), strict=True):
         for i, noise in enumerate(records[0]["noises"]):
             values = [np.asarray(r[key])[i] for r in records]
-            _line(
-                ax, dimensions, values, SHADES.get(noise, CYCLE[i]), f"DSE, noise {noise:g}", marker="o", markersize=4
-            )
+            band(ax, dimensions, values, SHADES.get(noise, CYCLE[i]), f"DSE, noise {noise:g}", marker="o", markersize=4)
         binned = [np.asarray(r["cse"]).mean(0) for r in records]
-        _line(ax, dimensions, binned, COLOURS["neutral"], "binned entropy", linestyle="--")
+        band(ax, dimensions, binned, COLOURS["neutral"], "binned entropy", linestyle="--")
         ax.set(xscale="log", xlabel="intrinsic dimension", ylim=(0, ceiling * 1.08))
         ax.set_xticks(dimensions, [str(d) for d in dimensions])
         ax.minorticks_off()
@@ -700,7 +691,7 @@ def _draw_corruption(records: list[dict]) -> Plate:
     for ax, dimension in zip(axes, by_dimension, strict=True):
         for key, (label, colour) in lines.items():
             values = [r["by_dimension"][dimension][key] for r in records]
-            _line(ax, share, values, colour, label, marker="o", markersize=3.5)
+            band(ax, share, values, colour, label, marker="o", markersize=3.5)
         ax.set(xlabel="corrupted labels (%)")
         ax.set_title(f"{dimension} dimensions")
     axes[0].set_ylabel("mutual information (bits)")
@@ -725,7 +716,7 @@ def _draw_regimes(records: list[dict], name: str, caption: str) -> Plate:
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for regime, colour in zip(records[0], [COLOURS["ours"], COLOURS["baseline"], COLOURS["accent"]], strict=False):
             values = [r[regime][key] for r in records]
-            _line(ax, records[0][regime]["epoch"], values, colour, regime, marker="o", markersize=3)
+            band(ax, records[0][regime]["epoch"], values, colour, regime, marker="o", markersize=3)
         ax.set_title(title)
         ax.set_xlabel("epoch")
         ax.axhline(0, color=COLOURS["light"], linewidth=0.8)
@@ -743,7 +734,7 @@ def _draw_initialisation(records: list[dict]) -> Plate:
         curves = [np.array(r["accuracy"][str(std)]) for r in records]
         start = np.mean([r["dse"][i] for r in records])
         label = f"std {std:g}, starts at {start:.1f} bits"
-        _line(ax, curves[0][:, 0], [100 * c[:, 1] for c in curves], colour, label, marker="o", markersize=3)
+        band(ax, curves[0][:, 0], [100 * c[:, 1] for c in curves], colour, label, marker="o", markersize=3)
     ax.set(xlabel="epoch", ylabel="test accuracy (%)")
     ax.legend(loc="lower right")
     return Plate(

@@ -45,7 +45,7 @@ from broadsheet.interpretability.g_act.gact import stacked
 from broadsheet.interpretability.g_act.probes import split_prompts
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.generation import encode, generate_tokens, texts_of
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, new_figure, style
 from broadsheet.nn.seeding import generator
 from broadsheet.nn.small_lm import small_language_model, train_language_model
 from broadsheet.nn.steering import (
@@ -560,13 +560,6 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _dots(ax: Any, y: int, values: Sequence[float], colour: str) -> None:
     mean = float(np.mean(values))
     ax.barh(y, mean, color=colour, height=0.62, zorder=2)
@@ -578,7 +571,7 @@ def _dots(ax: Any, y: int, values: Sequence[float], colour: str) -> None:
 
 def _draw_shares(records: list[dict]) -> Plate:
     same = all("same" in r for r in records)
-    figure, axes = _figure(9.6 if same else 6.4, 3.6, 2 if same else 1, width_ratios=[1.15, 1] if same else None)
+    figure, axes = new_figure(9.6 if same else 6.4, 3.6, 2 if same else 1, width_ratios=[1.15, 1] if same else None)
     left = axes[0] if same else axes
     for y, (name, (_, colour)) in enumerate(NAMES.items()):
         _dots(left, y, [r["methods"][name]["new_wordings"]["target"] for r in records], colour)
@@ -605,14 +598,12 @@ def _draw_shares(records: list[dict]) -> Plate:
 
 
 def _draw_strength(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.4, 3.6, 2)
+    figure, axes = new_figure(9.4, 3.6, 2)
     alphas = records[0]["strength"]["alphas"]
     for name in ("mean_difference", "g_act"):
         label, colour = NAMES[name]
         for ax, what in zip(axes, ("target", "perplexity"), strict=True):
-            values = np.array([r["strength"][name][what] for r in records])
-            ax.plot(alphas, values.mean(0), marker="o", color=colour, label=label)
-            ax.fill_between(alphas, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+            band(ax, alphas, [r["strength"][name][what] for r in records], colour, label, marker="o")
     axes[0].set(ylim=(-0.02, 1.02), ylabel="answers in the target language", title="what is won")
     axes[1].set(ylabel="perplexity of neutral text", title="what it costs")
     for ax in axes:
@@ -629,7 +620,7 @@ def _draw_strength(records: list[dict]) -> Plate:
 
 
 def _draw_probes(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.4, 3.5, 2, sharey=True)
+    figure, axes = new_figure(9.4, 3.5, 2, sharey=True)
     layers = range(len(records[0]["probes"]["g_act"]))
     series = {
         0: (("g_act", "G-ACT: which cluster, from the layer", "ours", "o"), ("act", "ACT: which version, from one head",
@@ -638,9 +629,7 @@ def _draw_probes(records: list[dict]) -> Plate:
     }  # fmt: skip
     for i, lines in series.items():
         for key, label, colour, marker in lines:
-            values = np.array([r["probes"][key] for r in records])
-            axes[i].plot(layers, values.mean(0), marker=marker, color=COLOURS[colour], label=label)
-            axes[i].fill_between(layers, values.min(0), values.max(0), color=COLOURS[colour], alpha=0.15, lw=0)
+            band(axes[i], layers, [r["probes"][key] for r in records], COLOURS[colour], label, marker=marker)
         axes[i].set(xlabel="layer", xticks=list(layers), ylim=(0.4, 1.02))
         axes[i].legend(loc="lower left")
     axes[0].set(ylabel="on held-out prompts", title="accuracy")
@@ -653,7 +642,7 @@ def _draw_probes(records: list[dict]) -> Plate:
 
 
 def _draw_clusters(record: dict) -> Plate:
-    figure, ax = _figure(5.6, 4.0)
+    figure, ax = new_figure(5.6, 4.0)
     data = record["clusters"]
     points, kinds, clusters = np.array(data["points"]), np.array(data["kinds"]), np.array(data["clusters"])
     for i, kind in enumerate(dict.fromkeys(sorted(kinds))):
@@ -676,7 +665,7 @@ def _draw_clusters(record: dict) -> Plate:
 
 
 def _draw_profile(records: list[dict]) -> Plate:
-    figure, ax = _figure(7.4, 3.2)
+    figure, ax = new_figure(7.4, 3.2)
     names = list(dict.fromkeys(name for r in records for name in r["profile"]["categories"]))
     kinds = [kind for kind in KINDS if all(kind in r["profile"]["shares"] for r in records)]
     left = np.zeros(len(kinds))
@@ -701,11 +690,9 @@ def _at(profile: dict, kind: str, name: str) -> float:
 
 
 def _draw_overhead(records: list[dict]) -> Plate:
-    figure, ax = _figure(5.4, 3.4)
+    figure, ax = new_figure(5.4, 3.4)
     layers = records[0]["overhead"]["layers"]
-    values = np.array([r["overhead"]["ratio"] for r in records])
-    ax.plot(layers, values.mean(0), marker="o", color=COLOURS["ours"])
-    ax.fill_between(layers, values.min(0), values.max(0), color=COLOURS["ours"], alpha=0.15, lw=0)
+    band(ax, layers, [r["overhead"]["ratio"] for r in records], COLOURS["ours"], marker="o")
     ax.axhline(1.3, color=COLOURS["paper"], linestyle=":")
     ax.text(layers[0], 1.305, "as reported: 1.3", color=COLOURS["paper"], va="bottom", fontsize=9)
     ax.set(xlabel="steered layers", ylabel="time per token, unsteered = 1", xticks=layers)

@@ -28,7 +28,7 @@ from broadsheet.evaluation.level_set_traversal import (
 )
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.adversarial import AdversarialLoss, pgd_attack
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, new_figure, style
 from broadsheet.nn.seeding import generator
 from broadsheet.nn.small_classifiers import accuracy, small_cnn, train_classifier
 
@@ -307,17 +307,11 @@ def draw(records: list[dict]) -> list[Plate]:
         ]
 
 
-def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-
-
 def _strip_plate(record: dict) -> Plate:
     from broadsheet.evaluation.level_set_traversal import show
 
     shots, sure = record["strip"], record["strip_confidence"]
-    figure, axes = _axes(1, len(shots), 1.05 * len(shots), 1.55)
+    figure, axes = new_figure(1.05 * len(shots), 1.55, len(shots), 1, squeeze=False)
     names = ["source", *(f"step {50 * i}" for i in range(1, len(shots) - 1)), "target"]
     for ax, image, p, name in zip(axes[0], shots, sure, names, strict=True):
         show(ax, torch.tensor(image), name)
@@ -336,7 +330,7 @@ def _grid_plate(record: dict) -> Plate:
     grid = record["grid"]
     ends, confidence = torch.tensor(grid["ends"]), torch.tensor(grid["confidence"])
     k = len(ends)
-    figure, axes = _axes(k, k, 1.05 * k, 1.2 * k)
+    figure, axes = new_figure(1.05 * k, 1.2 * k, k, k, squeeze=False)
     BlindSpotGrid(ends[range(k), range(k)], ends, confidence, tuple(grid["classes"])).plot(axes)
     return Plate(
         "grid",
@@ -353,7 +347,7 @@ def _table_plate(records: list[dict]) -> Plate:
         ("svm", "support vectors: target"),
     )
     names = list(records[0]["digits"]["table"])
-    figure, axes = _axes(1, len(columns), 10.4, 2.9)
+    figure, axes = new_figure(10.4, 2.9, len(columns), 1, squeeze=False)
     for ax, (key, title) in zip(axes[0], columns, strict=True):
         values = np.array([[r["digits"]["table"][name][key] for name in names] for r in records])
         colours = [COLOURS["ours"] if name == "level set" else COLOURS["baseline"] for name in names]
@@ -374,7 +368,7 @@ def _table_plate(records: list[dict]) -> Plate:
 
 
 def _distance_plate(records: list[dict]) -> Plate:
-    figure, axes = _axes(1, 2, 7.4, 2.9)
+    figure, axes = new_figure(7.4, 2.9, 2, 1, squeeze=False)
     for method, colour in zip(METHODS, CYCLE, strict=False):
         longest = max(len(r["digits"]["distance"][method]) for r in records)
         rows = [r["digits"]["distance"][method] for r in records]
@@ -400,7 +394,7 @@ def _distance_plate(records: list[dict]) -> Plate:
 def _triangle_plate(records: list[dict]) -> Plate:
     from broadsheet.evaluation.level_set_traversal import TriangleConfidence
 
-    figure, axes = _axes(1, 2, 7.6, 3.3)
+    figure, axes = new_figure(7.6, 3.3, 2, 1, squeeze=False)
     for ax, (name, t) in zip(axes[0], records[0]["digits"]["triangles"].items(), strict=True):
         made = TriangleConfidence(
             torch.tensor(t["weights"]), torch.tensor(t["confidence"])[None], torch.tensor(t["images"])[None], 10

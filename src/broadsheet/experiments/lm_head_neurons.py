@@ -33,7 +33,7 @@ from broadsheet.lab import Context, Plate
 from broadsheet.lab.memory import freed_at_once, peak
 from broadsheet.nn.features import unembedding
 from broadsheet.nn.hooks import capture
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, new_figure, style
 from broadsheet.nn.seeding import generator, seeded
 from broadsheet.nn.small_lm import small_language_model, train_language_model
 
@@ -532,13 +532,6 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _colour_of(word: str) -> Any:
     from matplotlib.colors import hsv_to_rgb
 
@@ -550,7 +543,7 @@ def _colour_of(word: str) -> Any:
 
 def _draw_words(record: dict) -> Plate:
     rows = record["table"]
-    figure, ax = _figure(10.4, 0.42 * len(rows) + 1.2)
+    figure, ax = new_figure(10.4, 0.42 * len(rows) + 1.2)
     ax.set_axis_off()
     ax.set_xlim(0, 10.4)
     ax.set_ylim(-len(rows) + 0.3, 1.4)
@@ -585,7 +578,7 @@ LABELS = {
 
 
 def _draw_labels(records: list[dict]) -> Plate:
-    figure, axes = _figure(10.4, 3.8, 2, sharey=True)
+    figure, axes = new_figure(10.4, 3.8, 2, sharey=True)
     layers = len(records[0]["share"]["ours"])
     x, width = np.arange(layers), 0.16
     for j, (name, (label, colour)) in enumerate(LABELS.items()):
@@ -617,7 +610,7 @@ def _draw_labels(records: list[dict]) -> Plate:
 
 
 def _draw_clamps(records: list[dict]) -> Plate:
-    figure, axes = _figure(10.4, 3.9, 2, width_ratios=(1.25, 1))
+    figure, axes = new_figure(10.4, 3.9, 2, width_ratios=(1.25, 1))
     ax = axes[0]
     others = np.array([row for r in records for row in r["controls"]])
     low, high = np.quantile(others, [0.05, 0.95], axis=0)
@@ -658,7 +651,7 @@ def _draw_clamps(records: list[dict]) -> Plate:
 
 def _draw_texts(record: list[dict]) -> Plate:
     lines = [(entry, ids) for entry in record for ids in entry["ids"]]
-    figure, ax = _figure(10.4, 0.36 * len(lines) + 0.9)
+    figure, ax = new_figure(10.4, 0.36 * len(lines) + 0.9)
     ax.set_axis_off()
     ax.set_xlim(0, 10.4)
     ax.set_ylim(-len(lines) + 0.3, 0.9)
@@ -681,7 +674,7 @@ def _draw_texts(record: list[dict]) -> Plate:
 
 
 def _draw_change(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.4, 3.6)
+    figure, ax = new_figure(6.4, 3.6)
     kinds = (
         ("tuned", "fine-tuned for 100 steps", COLOURS["ours"]),
         ("other", "trained from another seed", COLOURS["baseline"]),
@@ -704,7 +697,7 @@ def _draw_change(records: list[dict]) -> Plate:
 
 
 def _draw_sharpness(records: list[dict]) -> Plate:
-    figure, axes = _figure(10.4, 3.6, 2)
+    figure, axes = new_figure(10.4, 3.6, 2)
     layers = len(records[0]["prob"]["unit"])
     import matplotlib as mpl
 
@@ -742,7 +735,7 @@ def _draw_sharpness(records: list[dict]) -> Plate:
 
 
 def _draw_cost(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.6, 2.5, 2)
+    figure, axes = new_figure(9.6, 2.5, 2)
     for ax, key, unit in ((axes[0], "seconds", "microseconds for a neuron"), (axes[1], "memory", "peak memory (MiB)")):
         names = list(records[0][key])
         scale = 1e6 / COST["neurons"] if key == "seconds" else 1.0
@@ -765,7 +758,7 @@ def _draw_cost(records: list[dict]) -> Plate:
 
 
 def _draw_published(record: dict) -> Plate:
-    figure, ax = _figure(8.0, 3.4)
+    figure, ax = new_figure(8.0, 3.4)
     ax.bar(range(len(record["same"])), record["same"], color=COLOURS["ours"], width=0.7)
     ax.axhline(0.754, color=COLOURS["paper"], linestyle="--", label="the paper's mean for Llama 3.1 8B")
     ax.set(xlabel="layer", ylabel="neurons with the same first word", ylim=(0, 1))

@@ -45,7 +45,7 @@ from broadsheet.interpretability.milan import (
     top_exemplars,
 )
 from broadsheet.lab import Context, Plate
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, band, new_figure, style
 from broadsheet.nn.seeding import generator, seeded
 from broadsheet.nn.training import cosine_schedule, fit
 
@@ -468,15 +468,8 @@ def draw(records: list[dict]) -> list[Plate]:
     return plates
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _draw_made(record: dict) -> Plate:
-    figure, ax = _figure(9.4, 6.4)
+    figure, ax = new_figure(9.4, 6.4)
     grid = record["grid"]
     words = [
         f"“{text}”\ntruth: {', '.join(truth)}\nwithout the prior: “{likely}”"
@@ -493,7 +486,7 @@ def _draw_made(record: dict) -> Plate:
 
 
 def _draw_units(packed: dict) -> Plate:
-    figure, ax = _figure(9.4, 5.2)
+    figure, ax = new_figure(9.4, 5.2)
     draw_grid(*unpack(packed), [f"“{text}”" for text in packed["texts"]], ax=ax)
     ax.set_title("Units of a classifier that learned to read the corner")
     caption = (
@@ -504,7 +497,7 @@ def _draw_units(packed: dict) -> Plate:
 
 
 def _draw_sweep(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.2, 3.7, 2)
+    figure, axes = new_figure(9.2, 3.7, 2)
     lams = [float(key) for key in records[0]["sweep"]]
     looks = {
         "recall": ("attributes named", COLOURS["ours"]),
@@ -512,9 +505,8 @@ def _draw_sweep(records: list[dict]) -> Plate:
         "generic": ("sentences that name nothing", COLOURS["paper"]),
     }  # fmt: skip
     for key, (label, colour) in looks.items():
-        values = np.array([[row[key] for row in r["sweep"].values()] for r in records])
-        axes[0].plot(lams, values.mean(0), color=colour, marker="o", markersize=4, label=label)
-        axes[0].fill_between(lams, values.min(0), values.max(0), color=colour, alpha=0.14, linewidth=0)
+        rows = [[row[key] for row in r["sweep"].values()] for r in records]
+        band(axes[0], lams, rows, colour, label, marker="o", markersize=4)
     axes[0].set(xlabel="weight of the prior (λ)", ylabel="share", ylim=(0, 1))
     axes[0].set_title("Detail is bought with truth")
     axes[0].legend(loc="upper right")
@@ -541,7 +533,7 @@ def _draw_sweep(records: list[dict]) -> Plate:
 
 def _draw_beam(beam: dict) -> Plate:
     n = len(beam["texts"])
-    figure, ax = _figure(8.2, 0.36 * n + 1.1)
+    figure, ax = new_figure(8.2, 0.36 * n + 1.1)
     y = np.arange(n)[::-1]
     likelihood, prior = np.array(beam["likelihood"]), np.array(beam["prior"])
     score = likelihood - LAMBDA * prior
@@ -564,7 +556,7 @@ def _draw_beam(beam: dict) -> Plate:
 
 
 def _draw_methods(records: list[dict]) -> Plate:
-    figure, ax = _figure(7.2, 3.1)
+    figure, ax = new_figure(7.2, 3.1)
     names = [
         "one constant sentence",
         "likelihood",
@@ -597,7 +589,7 @@ def _draw_methods(records: list[dict]) -> Plate:
 
 
 def _draw_edit(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.4, 3.9, 2)
+    figure, axes = new_figure(9.4, 3.9, 2)
     for ax, share, title in zip(
         axes, ("0.5", "1.0"), ("Digit on half of training", "Digit on all of training"), strict=True
     ):
@@ -628,7 +620,7 @@ def _draw_edit(records: list[dict]) -> Plate:
 
 
 def _draw_importance(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.6, 3.8)
+    figure, ax = new_figure(6.6, 3.8)
     runs = [r["classifiers"]["importance"] for r in records]
     x = np.array(runs[0]["counts"])
     n = min(len(r["counts"]) for r in runs)

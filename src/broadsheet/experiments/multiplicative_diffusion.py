@@ -39,7 +39,7 @@ from broadsheet.generative.multiplicative_diffusion import (
 )
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.distances import energy_distance, fit_lognormal, frechet_distance, inception_distance
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, style
 from broadsheet.nn.score_networks import ResidualMLP, ScoreMLP, ScoreUNet
 from broadsheet.nn.seeding import generator, seeded
 
@@ -494,9 +494,8 @@ def _draw_steps(records: list[dict[str, Any]]) -> Plate:
     steps = records[0]["steps"]
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", width_ratios=(3, 2))
     for key, marker in (("additive", "s"), ("unconstrained", "^"), ("dale", "o")):
-        values = 1000 * np.array([record["energy"][key] for record in records])
-        axes[0].plot(steps, values.mean(0), marker=marker, ms=5, color=COLOUR[key], label=NAMES[key])
-        axes[0].fill_between(steps, values.min(0), values.max(0), color=COLOUR[key], alpha=0.15, lw=0)
+        rows = [1000 * np.array(record["energy"][key]) for record in records]
+        band(axes[0], steps, rows, COLOUR[key], NAMES[key], marker=marker, ms=5)
     floor = 1000 * float(np.mean([record["floor"] for record in records]))
     axes[0].axhline(floor, color=COLOURS["neutral"], lw=1, ls=":", label="fresh data")
     axes[0].set(xscale="log", xlabel="steps", ylabel="energy distance × 1000", title="Distance to fresh data")

@@ -27,7 +27,7 @@ from broadsheet.geometry.neural_collapse import (
     solve_ufm,
 )
 from broadsheet.lab import Context, Plate
-from broadsheet.nn.plotting import COLOURS, CYCLE, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, new_figure, style
 from broadsheet.nn.seeding import seeded
 from broadsheet.nn.small_classifiers import mlp
 from broadsheet.nn.training import fit
@@ -300,26 +300,13 @@ def draw(records: list[dict]) -> list[Plate]:
         return plates
 
 
-def _figure(columns: int, width: float = 3.4, height: float = 2.9) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
-
-
-def _spread(ax: Any, x: Any, rows: list[list[float]], colour: str, label: str) -> None:
-    """Geometric mean over seeds and the range."""
-    values = np.maximum(np.array(rows, dtype=float), 1e-16)
-    ax.plot(x, np.exp(np.log(values).mean(0)), color=colour, label=label)
-    ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
 def _curves_plate(records: list[dict]) -> Plate:
-    figure, axes = _figure(len(DEPTHS))
+    figure, axes = new_figure(3.4 * len(DEPTHS), 2.9, len(DEPTHS), squeeze=False)
     for ax, depth in zip(axes[0], DEPTHS, strict=True):
         steps = [int(step) for step in _depth(records[0]["free"]["curves"], depth)]
         for (name, label), colour in zip(NAMES.items(), CYCLE, strict=False):
             rows = [[n[name] for n in _depth(r["free"]["curves"], depth).values()] for r in records]
-            _spread(ax, steps, rows, colour, label)
+            band(ax, steps, rows, colour, label, logarithmic=True)
         ax.set(xscale="log", yscale="log", xlabel="step", title=f"{depth} linear layer{'s' if depth > 1 else ''}")
     axes[0, 0].set_ylabel("distance from the predicted frame")
     axes[0, -1].legend(fontsize=7, loc="lower left")
@@ -339,7 +326,7 @@ def _depth(curves: dict, depth: int) -> dict:
 def _gram_plate(records: list[dict]) -> Plate:
     from broadsheet.geometry.neural_collapse import gram_plot
 
-    figure, axes = _figure(2, 3.2, 2.9)
+    figure, axes = new_figure(6.4, 2.9, 2, squeeze=False)
     free = records[0]["free"]
     gram_plot(torch.tensor(free["gram"]), torch.tensor(free["frame"]), axes[0])
     names = [str(count) for count in COUNTS]
@@ -355,7 +342,7 @@ def _gram_plate(records: list[dict]) -> Plate:
 
 
 def _lengths_plate(records: list[dict]) -> Plate:
-    figure, axes = _figure(3)
+    figure, axes = new_figure(10.2, 2.9, 3, squeeze=False)
     first = records[0]
     counts = torch.tensor(COUNTS)
     for ax, name, title in zip(axes[0], ("weights", "means"), ("head's class rows", "class means"), strict=False):
@@ -380,7 +367,7 @@ def _lengths_plate(records: list[dict]) -> Plate:
 
 
 def _entropy_plate(records: list[dict]) -> Plate:
-    figure, axes = _figure(1, 4.4, 3.0)
+    figure, axes = new_figure(4.4, 3.0, squeeze=False)
     entropy, ax = records[0]["entropy"], axes[0, 0]
     for name, colour in (("simplex", COLOURS["baseline"]), ("polygon", COLOURS["ours"])):
         ax.plot(entropy["depths"], entropy[name], "o-", color=colour, label=name)
@@ -395,17 +382,17 @@ def _entropy_plate(records: list[dict]) -> Plate:
 
 
 def _network_plate(records: list[dict], name: str, depth: str | None) -> Plate:
-    figure, axes = _figure(2)
+    figure, axes = new_figure(6.8, 2.9, 2, squeeze=False)
     rows = [r[name] if depth is None else r[name][depth] for r in records]
     steps = np.maximum(rows[0]["steps"], 0.5)
-    _spread(axes[0, 0], steps, [r["nc1"] for r in rows], COLOURS["ours"], "NC1")
+    band(axes[0, 0], steps, [r["nc1"] for r in rows], COLOURS["ours"], "NC1", logarithmic=True)
     axes[0, 0].set(xscale="log", yscale="log", xlabel="step", ylabel="NC1", title="scatter within classes")
     for key, label, colour in (
         ("nc2_w", "predicted frame", COLOURS["ours"]),
         ("orthogonal", "equal and orthogonal", COLOURS["neutral"]),
         ("etf", "simplex", COLOURS["baseline"]),
     ):
-        _spread(axes[0, 1], steps, [r[key] for r in rows], colour, label)
+        band(axes[0, 1], steps, [r[key] for r in rows], colour, label, logarithmic=True)
     axes[0, 1].set(xscale="log", xlabel="step", ylabel="distance", ylim=(0, 0.6), title="the head's Gram matrix")
     axes[0, 1].legend(fontsize=8, loc="upper left")
     what = "imbalanced digits" if name == "digits" else "an imbalanced part of CIFAR-10"

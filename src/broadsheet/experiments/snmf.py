@@ -44,7 +44,7 @@ from broadsheet.lab import Context, Plate
 from broadsheet.nn.cards import token_texts
 from broadsheet.nn.features import Feature
 from broadsheet.nn.matching import match_directions
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, band, new_figure, style
 from broadsheet.nn.seeding import generator
 from broadsheet.nn.small_lm import small_language_model, train_language_model
 from broadsheet.nn.sparse_autoencoder import SparseAutoencoder
@@ -634,15 +634,8 @@ def draw(records: list[dict]) -> list[Plate]:
         ]
 
 
-def _figure(width: float, height: float, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, **more)
-
-
 def _draw_recovery(records: list[dict]) -> Plate:
-    figure, ax = _figure(9.4, 4.2)
+    figure, ax = new_figure(9.4, 4.2)
     cells, width = records[0]["cells"], 0.8 / len(LABELS)
     for j, (name, (label, colour)) in enumerate(LABELS.items()):
         values = np.array([r["cosine"][name] for r in records])
@@ -664,16 +657,14 @@ def _draw_recovery(records: list[dict]) -> Plate:
 
 
 def _draw_losses(records: list[dict]) -> Plate:
-    figure, ax = _figure(6.8, 4.0)
+    figure, ax = new_figure(6.8, 4.0)
     colours = dict(zip(records[0]["curves"], (COLOURS["ours"], COLOURS["accent"], COLOURS["good"], COLOURS["baseline"]),
                        strict=True))  # fmt: skip
     names = {"svd": "singular vectors", "random": "random", "kmeans": "clusters"}
     for key, colour in colours.items():
         init, solver = key.split(", ")
-        values = np.array([r["curves"][key] for r in records])
-        x = np.arange(1, values.shape[1] + 1)
-        ax.plot(x, values.mean(0), color=colour, label=f"{names[init]}, {solver}")
-        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        rows = [r["curves"][key] for r in records]
+        band(ax, range(1, len(rows[0]) + 1), rows, colour, f"{names[init]}, {solver}")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ticks = (0.01, 0.03, 0.1, 0.3)
@@ -694,7 +685,7 @@ def _draw_losses(records: list[dict]) -> Plate:
 def _draw_cards(cards: list[dict]) -> Plate:
     import matplotlib as mpl
 
-    figure, axes = _figure(10.6, 5.2, 1)
+    figure, axes = new_figure(10.6, 5.2, 1)
     figure.clear()
     axes = figure.subplots(2, 2).flat
     for ax, card in zip(axes, cards, strict=True):
@@ -731,15 +722,12 @@ def _draw_cards(cards: list[dict]) -> Plate:
 
 
 def _draw_steering(records: list[dict]) -> Plate:
-    figure, axes = _figure(9.6, 4.0, 2, width_ratios=(1.25, 1))
+    figure, axes = new_figure(9.6, 4.0, 2, width_ratios=(1.25, 1))
     ax, targets = axes[0], records[0]["targets"]
     base = float(np.mean([r["base"] for r in records]))
     for name, (label, colour) in STEERED.items():
-        values = np.array([np.mean(r["mass"][name], axis=0) for r in records])
-        x = [0, *targets]
-        mean = [base, *values.mean(0)]
-        ax.plot(x, mean, color=colour, marker="o", markersize=4, label=label)
-        ax.fill_between(x[1:], values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        rows = [[r["base"], *np.mean(r["mass"][name], axis=0)] for r in records]
+        band(ax, [0, *targets], rows, colour, label, marker="o", markersize=4)
     ax.set_xlabel("KL divergence from the unsteered model, nats")
     ax.set_ylabel("probability of the topic's words")
     ax.set_ylim(0, None)
@@ -772,7 +760,7 @@ def _draw_tree(record: dict) -> Plate:
         names[index] = f"family {'ABCDEFGH'[family[index]]}, child {count[family[index]]}"
     trees = [_grown(tree) for tree in record["trees"]]
     leaves = [len(tree.leaves) for tree in trees]
-    figure, axes = _figure(7.4, 0.7 + 0.36 * sum(leaves), 1)
+    figure, axes = new_figure(7.4, 0.7 + 0.36 * sum(leaves), 1)
     figure.clear()
     axes = figure.subplots(len(trees), 1, gridspec_kw={"height_ratios": leaves}, squeeze=False)[:, 0]
     for ax, tree in zip(axes, trees, strict=True):
@@ -790,7 +778,7 @@ def _draw_overlap(record: dict) -> Plate:
     from matplotlib.colors import ListedColormap
 
     member, labels = np.array(record["overlap"]["member"]), np.array(record["labels"])
-    figure, axes = _figure(10.4, 4.0, 2, width_ratios=(1.9, 1))
+    figure, axes = new_figure(10.4, 4.0, 2, width_ratios=(1.9, 1))
     shared = member.sum(0)
     first = np.array([np.flatnonzero(column)[0] for column in member.T])
     order = np.lexsort((-shared, first, labels[first]))
@@ -824,7 +812,7 @@ def _draw_overlap(record: dict) -> Plate:
 
 def _draw_full(records: list[dict]) -> Plate:
     rows = records[0]["rows"]
-    figure, axes = _figure(10.4, 1.4 + 0.34 * max(4, len(rows)), 2)
+    figure, axes = new_figure(10.4, 1.4 + 0.34 * max(4, len(rows)), 2)
     y = np.arange(len(rows))[::-1]
     names = {"snmf": ("SNMF", COLOURS["ours"]), "means": ("difference of means", COLOURS["good"])}
     for ax, read, title in (

@@ -84,3 +84,44 @@ def new_axes(ax: Any = None, **subplots: Any) -> Any:
         # A plain Figure, not pyplot's: nothing is kept open behind the user's back.
         size = subplots.pop("figsize", (6.0, 3.8))
         return Figure(figsize=size).subplots(**subplots)
+
+
+def new_figure(
+    width: float | int, height: float | int, columns: int = 1, rows: int = 1, **more: Any
+) -> tuple[Any, Any]:
+    """A figure of its own, outside pyplot's list of open ones, and its axes.
+
+    Args:
+        width, height: inches.
+        columns, rows: of axes.
+        **more: of ``matplotlib.figure.Figure.subplots``, such as ``sharey``, ``squeeze`` or ``width_ratios``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **more)
+
+
+def band(
+    ax: Any, x: Any, rows: Any, colour: str, label: str | None = None, logarithmic: bool = False, **line: Any
+) -> None:
+    """One line over seeds: their mean, and their range behind it.
+
+    Args:
+        ax: matplotlib axes.
+        x: ``[points]``.
+        rows: ``[seeds, points]``.
+        colour: of both.
+        label: of the line.
+        logarithmic: the mean is geometric; values below 1e-16 count as that.
+        **line: of ``plot``, such as ``marker``.
+    """
+    import numpy as np
+
+    values = np.array([np.asarray(row, dtype=float) for row in rows])
+    if logarithmic:
+        values = np.maximum(values, 1e-16)
+    mean = np.exp(np.log(values).mean(0)) if logarithmic else values.mean(0)
+    ax.plot(x, mean, color=colour, label=label, **line)
+    if len(values) > 1:
+        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.14, linewidth=0)

@@ -9,6 +9,7 @@ from broadsheet.diagrams.neural_circuit_diagrams.diagram import Diagram, identit
 from broadsheet.diagrams.neural_circuit_diagrams.gradients import BackwardPair
 from broadsheet.diagrams.neural_circuit_diagrams.language import (
     add,
+    cap,
     causal,
     concat,
     conv,
@@ -43,6 +44,7 @@ __all__ = [
     "TrainModeWarning",
     "add",
     "axes",
+    "cap",
     "causal",
     "concat",
     "conv",

@@ -1,6 +1,9 @@
 """The language: diagrams written as expressions, ``einsum("y k, x k -> y x") >> scale(0.5) >> softmax("x")``.
 ``f >> g`` is f then g; ``f & g`` puts them side by side. Axes that a step does not name are broadcast, as their wires
 run past it. Names in patterns stand for the axis of that name; axes made by ``axes`` give them sizes.
+
+Patterns are written as in einops: letters of each array, arrays apart by commas, ``->`` between what goes in and what
+comes out. Source of the grammar: Abbott, arXiv:2402.05424, sections 2 and 3.
 """
 
 from __future__ import annotations
@@ -84,15 +87,46 @@ def op(
 
 
 def einsum(pattern: str, sizes: Sizes = None) -> Diagram:
-    """A contraction: ``einsum("y k h, x k h -> y x h")``; also permutes, sums, diagonals and outer products."""
+    """A contraction: ``einsum("y k h, x k h -> y x h")``; also permutes, sums, diagonals, outer products and copies of
+    an axis.
+
+    Args:
+        pattern: any number of arrays in, one out. A name that stands twice in one array is a dot (its diagonal); a name
+            that only the array behind the arrow has is repeated along it; one that stands twice there is put on a
+            diagonal.
+        sizes: sizes or axes by name; needed for names that no input has.
+
+    Raises:
+        InvalidInput: no arrow, several arrays behind it, or a name that is none.
+    """
     at = _pattern(pattern)
     if len(at.outs) != 1:
         raise InvalidInput(f"einsum {pattern!r}: expected one array behind the arrow")
     return single(Einsum(), at, _named(at, sizes))
 
 
+def cap(axis: str, sizes: Sizes = None) -> Diagram:
+    """The identity matrix, from nothing: a wire that begins at both of its ends. A cup, which joins two wires, is an
+    einsum that sums over the axis they share.
+
+    Args:
+        axis: of both ends.
+        sizes: its size, or an axis, by name.
+    """
+    at = Pattern((), ((axis, axis),))
+    return single(Einsum(), at, _named(at, sizes))
+
+
 def permute(pattern: str, sizes: Sizes = None) -> Diagram:
-    """Axes in another order: ``permute("x h -> h x")``."""
+    """Axes in another order: ``permute("x h -> h x")``.
+
+    Args:
+        pattern: one array with the same axes on both sides.
+        sizes: sizes or axes by name.
+
+    Raises:
+        InvalidInput: other axes on the two sides.
+    """
     at = _pattern(pattern)
     if len(at.ins) != 1 or len(at.outs) != 1 or sorted(at.ins[0]) != sorted(at.outs[0]):
         raise InvalidInput(f"permute {pattern!r}: expected one array with the same axes on both sides")
@@ -126,24 +160,42 @@ def linear(
 
 
 def embedding(axis: str, name: str, weight: Tensor) -> Diagram:
-    """A look-up in a learned table ``[entries, axis]``: integers in, one new axis out."""
+    """A look-up in a learned table: integers in, one new axis out.
+
+    Args:
+        axis: the new axis, which comes last.
+        name: of the table among the weights.
+        weight: ``[entries, axis]``, floating.
+    """
     made = {axis: Axis(axis, axis, weight.shape[1])}
     return single(Embedding(axis, name), Pattern(((),), ((axis,),)), made, {f"{name}.weight": weight})
 
 
 def softmax(axis: str) -> Diagram:
-    """Softmax over an axis."""
+    """Softmax over an axis.
+
+    Args:
+        axis: its name.
+    """
     return single(Softmax(axis), Pattern(((axis,),), ((axis,),)), {axis: Axis(axis, axis)})
 
 
 def causal(rows: str, columns: str) -> Diagram:
-    """Minus infinity where the place along ``columns`` lies behind that along ``rows``."""
+    """Minus infinity where the place along ``columns`` lies behind that along ``rows``: the mask of a decoder.
+
+    Args:
+        rows, columns: names of the axes of queries and keys.
+    """
     at = Pattern(((rows, columns),), ((rows, columns),))
     return single(Mask(rows, columns), at, _named(at, None))
 
 
 def elementwise(name: str, fn: Callable | None = None) -> Diagram:
-    """A function on every entry; without ``fn`` one that ``pointwise.FUNCTIONS`` knows.
+    """A function on every entry.
+
+    Args:
+        name: what is written on its arrow; without ``fn`` one that ``pointwise.FUNCTIONS`` knows.
+        fn: a torch function of one tensor, shape and type unchanged.
 
     Raises:
         InvalidInput: an unknown name without a function.
@@ -153,12 +205,24 @@ def elementwise(name: str, fn: Callable | None = None) -> Diagram:
 
 
 def scale(factor: float | int) -> Diagram:
-    """Multiplication by a number."""
+    """Multiplication by a number.
+
+    Args:
+        factor: the number.
+    """
     return elementwise(f"× {float(factor)!r}")
 
 
 def norm(axis: str, kind: str = "layer", name: str = "", weights: Mapping[str, Tensor] | None = None, **options: Any):
-    """Normalisation over an axis: ``kind`` is ``"layer"``, ``"rms"`` or ``"batch"``."""
+    """Normalisation over an axis.
+
+    Args:
+        axis: its name; for ``"batch"`` that of the channels.
+        kind: ``"layer"``, ``"rms"`` or ``"batch"``.
+        name: of its weights.
+        weights: ``weight`` and ``bias`` ``[axis]``, those that there are.
+        **options: of :class:`~broadsheet.diagrams.neural_circuit_diagrams.pointwise.Norm`, such as ``eps``.
+    """
     affine = "".join(key[0] for key in ("weight", "bias") if key in (weights or {}))
     held = {f"{name}.{key}": value for key, value in (weights or {}).items()}
     at = Pattern(((axis,),), ((axis,),))
@@ -195,18 +259,32 @@ def conv(
 
 
 def view(pattern: str, sizes: Sizes = None) -> Diagram:
-    """Merge or split axes that stand together: ``view("h k -> m")``, ``view("m -> h k", {"h": 8, "k": 64})``."""
+    """Merge or split axes that stand together: ``view("h k -> m")``, ``view("m -> h k", {"h": 8, "k": 64})``.
+
+    Args:
+        pattern: one array in and out.
+        sizes: sizes or axes by name; a split needs all but one of its parts.
+    """
     at = _pattern(pattern)
     return single(View(at.ins[0], at.outs[0]), at, _named(at, sizes))
 
 
 def index(axis: str, place: int) -> Diagram:
-    """One entry along an axis."""
+    """One entry along an axis, which is gone behind it.
+
+    Args:
+        axis: its name.
+        place: from 0.
+    """
     return single(Index(axis, place), Pattern(((axis,),), ((),)), {axis: Axis(axis, axis)})
 
 
 def copy(n: int = 2) -> Diagram:
-    """Copies of an array."""
+    """Copies of an array.
+
+    Args:
+        n: how many come out.
+    """
     return single(Copy(n), Pattern(((),), ((),) * n), {})
 
 
@@ -216,12 +294,24 @@ def discard() -> Diagram:
 
 
 def add(n: int = 2) -> Diagram:
-    """The sum of arrays."""
+    """The sum of arrays of one type.
+
+    Args:
+        n: how many go in.
+    """
     return single(Add(n), Pattern(((),) * n, ((),)), {})
 
 
 def concat(pattern: str, sizes: Sizes = None) -> Diagram:
-    """Arrays one after the other: ``concat("c, d -> e")``."""
+    """Arrays one after the other: ``concat("c, d -> e")``.
+
+    Args:
+        pattern: one axis for each array in, one out; other axes are broadcast.
+        sizes: sizes or axes by name.
+
+    Raises:
+        InvalidInput: more than one axis in an array of the pattern.
+    """
     at = _pattern(pattern)
     if any(len(a) != 1 for a in (*at.ins, *at.outs)) or len(at.outs) != 1:
         raise InvalidInput(f"concat {pattern!r}: expected one axis for each array, as in 'c, d -> e'")
@@ -229,7 +319,15 @@ def concat(pattern: str, sizes: Sizes = None) -> Diagram:
 
 
 def reduce(axis: str, kind: str = "mean") -> Diagram:
-    """``"mean"``, ``"sum"``, ``"max"`` or ``"min"`` over axes."""
+    """One number over axes, which are gone behind it.
+
+    Args:
+        axis: one name or several.
+        kind: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
+
+    Raises:
+        InvalidInput: another kind.
+    """
     letters = tuple(axis.split())
     if kind not in Reduce.NAMES:
         raise InvalidInput(f"kind={kind!r}: expected one of {', '.join(Reduce.NAMES)}")
@@ -238,7 +336,12 @@ def reduce(axis: str, kind: str = "mean") -> Diagram:
 
 
 def wires(text: str, sizes: Sizes = None) -> Diagram:
-    """The identity on arrays: ``wires("b x, m")``, the start of an expression."""
+    """The identity on arrays: ``wires("b x, m")``, the start of an expression.
+
+    Args:
+        text: names of the axes of every array.
+        sizes: sizes or axes by name.
+    """
     arrays = _arrays(text)
     axes = _named(Pattern(arrays, ()), sizes)
     return identity(*(tuple(axes[c] for c in array) for array in arrays))
@@ -277,7 +380,15 @@ def lift(f: Diagram, axis: str | Axis, on: set[int] | None = None) -> Diagram:
 
 
 def show_index(diagram: Diagram, **places: int) -> Diagram:
-    """One entry of the outputs: a pentagon on each named axis."""
+    """One entry of the outputs: a pentagon on each named axis.
+
+    Args:
+        diagram: any.
+        **places: from 0, by the name of an axis of the outputs.
+
+    Raises:
+        InvalidInput: no output has that axis.
+    """
     known = {a.name: a for array in diagram.codomain for a in array}
     for name, place in places.items():
         if name not in known:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from broadsheet.diagrams.neural_circuit_diagrams.axes import Array
 from broadsheet.diagrams.neural_circuit_diagrams.diagram import Diagram, Step, renamed
-from broadsheet.diagrams.neural_circuit_diagrams.generators import Generator, Index, Pattern, View
+from broadsheet.diagrams.neural_circuit_diagrams.generators import Generator, Index, Letters, Pattern, View
 from broadsheet.diagrams.neural_circuit_diagrams.linear import Conv, Einsum, Linear
 from broadsheet.diagrams.neural_circuit_diagrams.opaque import Opaque
 from broadsheet.diagrams.neural_circuit_diagrams.pointwise import Elementwise, Reduce
@@ -125,19 +125,34 @@ def fuse(diagram: Diagram) -> Diagram:
             return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
         first, second = pair
         place = second.ins.index(first.outs[0])
-        name = dict(zip(first.at.outs[0], second.at.ins[place], strict=True))
-        if len(set(first.at.outs[0])) != len(set(name.values())):
-            # The later step takes a diagonal: letters that it joins become one.
-            name = {c: second.at.ins[place][i] for i, c in enumerate(first.at.outs[0])}
-        inner = {c: name.get(c, f"{c}^") for c in first.at.letters}
-        ins = tuple(tuple(inner[c] for c in array) for array in first.at.ins)
-        at = Pattern((*second.at.ins[:place], *ins, *second.at.ins[place + 1 :]), second.at.outs)
+        joins = _joined(first.at.outs[0], second.at.ins[place])
+        of_first = {c: joins.get(("first", c), f"{c}^") for c in first.at.letters}
+        of_second = {c: joins.get(("second", c), c) for c in second.at.letters}
+        ins = tuple(tuple(of_first[c] for c in array) for array in first.at.ins)
+        rest = [tuple(of_second[c] for c in array) for array in second.at.ins]
+        outs = tuple(tuple(of_second[c] for c in array) for array in second.at.outs)
+        at = Pattern((*rest[:place], *ins, *rest[place + 1 :]), outs)
         joined = replace(second, at=at, ins=(*second.ins[:place], *first.ins, *second.ins[place + 1 :]))
-        missing = [c for c in first.at.outs[0] if c not in {x for a in first.at.ins for x in a}]
-        if missing and not {name[c] for c in missing} <= {c for a in at.ins for c in a} | set(at.outs[0]):
-            # A repeated axis that is then summed away is a factor, its size: left as it is.
+        lone = set(of_first.values()) - set(at.letters)
+        if lone:
+            # An axis that nothing goes into and that is summed away is a factor, its size: left as it is.
             return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
         steps = [joined if s is second else s for s in steps if s is not first]
+
+
+def _joined(made: Letters, taken: Letters) -> dict[tuple[str, str], str]:
+    """One name for all letters of two steps that stand for the same wire, where one makes what the other takes.
+
+    Args:
+        made: letters of the array as the first step makes it.
+        taken: letters of the same array as the second one takes it.
+    """
+    groups: list[set[tuple[str, str]]] = []
+    for a, b in zip(made, taken, strict=True):
+        pair = {("first", a), ("second", b)}
+        touched = [group for group in groups if group & pair]
+        groups = [group for group in groups if not group & pair] + [pair.union(*touched)]
+    return {letter: min(c for side, c in group if side == "second") for group in groups for letter in group}
 
 
 def cancel(diagram: Diagram) -> Diagram:
@@ -145,6 +160,12 @@ def cancel(diagram: Diagram) -> Diagram:
     steps = list(diagram.steps)
     while True:
         user = {v: s for s in steps for v in s.ins}
+        idle = next((s for s in steps if _changes_nothing(s)), None)
+        if idle is not None:
+            through = {idle.outs[0]: idle.ins[0]}
+            steps = [replace(u, ins=tuple(through.get(v, v) for v in u.ins)) for u in steps if u is not idle]
+            diagram = replace(diagram, outputs=tuple(through.get(v, v) for v in diagram.outputs))
+            continue
         found = None
         for s in steps:
             t = user.get(s.outs[0]) if s.outs else None
@@ -159,6 +180,12 @@ def cancel(diagram: Diagram) -> Diagram:
         through = {t.outs[0]: s.ins[0]}
         steps = [replace(u, ins=tuple(through.get(v, v) for v in u.ins)) for u in steps if u is not s and u is not t]
         diagram = replace(diagram, outputs=tuple(through.get(v, v) for v in diagram.outputs))
+
+
+def _changes_nothing(step: Step) -> bool:
+    """Whether a step is an einsum that hands its one array on as it is."""
+    at = step.at
+    return isinstance(step.op, Einsum) and at.ins == at.outs and len(set(at.outs[0])) == len(at.outs[0])
 
 
 LAWS: dict[str, Callable[..., Diagram]] = {"commute": commute, "fuse": fuse, "cancel": cancel}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,22 @@ from broadsheet.diagrams.neural_circuit_diagrams.generators import Generator, Le
 
 
 def contract(xs, ins: tuple[Letters, ...], out: Letters, size) -> torch.Tensor:
-    """``einsum`` over letters of any length; letters of ``out`` that no input has are repeated."""
+    """``einsum`` over letters of any length.
+
+    A letter of ``out`` that no input has is repeated; one that stands there twice is a diagonal (from nothing: the
+    identity matrix, a cap), which torch's own ``einsum`` does not make.
+    """
+    twice = [c for i, c in enumerate(out) if c in out[:i]]
+    if twice:
+        known = {c for array in ins for c in array}
+        place = {i: f"{c}#{i}" for i, c in enumerate(out) if c in out[:i]}
+        like = xs[0] if xs else torch.empty(())
+        eyes = [torch.eye(size[out[i]], dtype=like.dtype, device=like.device) for i in place]
+        pairs = tuple((out[i], new) for i, new in place.items())
+        whole = {c: size[c] for c in {*known, *out} if c in size} | {new: size[out[i]] for i, new in place.items()}
+        return contract([*xs, *eyes], (*ins, *pairs), tuple(place.get(i, c) for i, c in enumerate(out)), whole)
+    common = reduce(torch.promote_types, (x.dtype for x in xs)) if xs else torch.get_default_dtype()
+    xs = [x.to(common) for x in xs]
     letters = {c: i for i, c in enumerate(dict.fromkeys(c for array in (*ins, out) for c in array))}
     known = {c for array in ins for c in array}
     arguments = [part for x, array in zip(xs, ins, strict=True) for part in (x, [letters[c] for c in array])]
@@ -36,7 +52,7 @@ class Einsum(Generator):
 
     def madds(self, at, size):
         contracted = {c for array in at.ins for c in array} - set(at.outs[0])
-        if len(at.ins) == 1 and not contracted:
+        if len(at.ins) <= 1 and not contracted:
             return Integer(0)
         return volume(at.letters, size) * max(1, len(at.ins) - 1)
 
