@@ -7,16 +7,13 @@ other heads hold small random weights. Which feature its queries and keys carry 
 """
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
 
 from broadsheet.data.choices import LabelledLists
+from broadsheet.data.planted import PlantedModel
 from broadsheet.errors import InvalidInput
-from broadsheet.nn.blocks import Attention, Block, BlockMap, Linear, register_block_map
-from broadsheet.nn.seeding import generator
 
 
-class PlantedChoice(nn.Module):
+class PlantedChoice(PlantedModel):
     """The hand-built model.
 
     Args:
@@ -54,29 +51,17 @@ class PlantedChoice(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        super().__init__()
         if feature not in ("nth_item", "token") or n_noise < 0 or not beta > 0:
             raise InvalidInput(
                 f"feature={feature!r}, n_noise={n_noise}, beta={beta}: expected 'nth_item' or 'token', at least 0 "
                 "noise heads and a positive beta"
             )
-        self.lists, self.feature, self.n_heads = lists, feature, 1 + n_noise
         vocab, time, items = lists.vocab_size, lists.length, lists.n_items
-        self.d_head, self.width = max(vocab + 1, time), 4 * vocab + time
+        super().__init__(3, vocab, time, 4, max(vocab + 1, time), n_noise, noise, seed, dtype)
+        self.lists, self.feature = lists, feature
         by_item = feature == "nth_item"
         self.true_nodes = tuple(f"layers.{layer}.attn.head.0" for layer in range(1 if by_item else 0, 3))
-        random = generator(seed)
-
-        def weights(*shape: int) -> nn.Parameter:
-            x = noise * torch.randn(*shape, generator=random, dtype=torch.float64)
-            x[:, 0] = 0  # head 0 is planted
-            return nn.Parameter(x.to(dtype))
-
-        heads, width, size = self.n_heads, self.width, self.d_head
-        self.W_Q, self.W_K, self.W_V = (weights(3, heads, width, size) for _ in range(3))
-        self.W_O = weights(3, heads, size, width)
-        token, place = slice(0, vocab), slice(vocab, vocab + time)
-        label, known, out = (slice(i * vocab + time, (i + 1) * vocab + time) for i in (1, 2, 3))
+        token, place, label, known, out = self.slot(0), self.place, self.slot(1), self.slot(2), self.slot(3)
         copy, places = torch.eye(vocab, dtype=dtype), torch.eye(time, dtype=dtype)
         at = torch.arange(items)
         with torch.no_grad():
@@ -102,41 +87,4 @@ class PlantedChoice(nn.Module):
                 self.W_K[2, 0, labels, labels] = 1
             self.W_V[2, 0, token, :vocab] = copy
             self.W_O[2, 0, :vocab, out] = copy
-        unembed = torch.zeros(width, vocab, dtype=dtype)
-        unembed[out] = gain * copy
-        self.W_U = nn.Parameter(unembed)
-
-    def embed(self, input_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
-        """One-hot tokens and positions; the other slots empty."""
-        batch, time = input_ids.shape
-        if time > self.lists.length:
-            raise InvalidInput(f"prompts of {time} tokens: the model has {self.lists.length} positions")
-        vocab = self.lists.vocab_size
-        x = torch.zeros(batch, time, self.width, dtype=self.W_U.dtype, device=self.W_U.device)
-        x[..., :vocab] = nn.functional.one_hot(input_ids, vocab).to(x)
-        x[..., vocab : vocab + time] = torch.eye(time).to(x)
-        return x
-
-    def forward(self, input_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
-        """Logits of the next token."""
-        x = self.embed(input_ids)
-        time = x.shape[1]
-        future = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
-        for layer in range(3):
-            q, k, v = (torch.einsum("btw,hwd->bhtd", x, w[layer]) for w in (self.W_Q, self.W_K, self.W_V))
-            pattern = (q @ k.transpose(-1, -2)).masked_fill(future, -1e30).softmax(-1)
-            x = x + torch.einsum("bhtd,hdw->btw", pattern @ v, self.W_O[layer])
-        return x @ self.W_U
-
-
-def _read(model: PlantedChoice) -> BlockMap:
-    def block(layer: int) -> Block:
-        q, k, v = (Linear(w[layer].transpose(0, 1).reshape(model.width, -1)) for w in (model.W_Q, model.W_K, model.W_V))
-        return Block(Attention(model.n_heads, model.d_head, q, k, v, Linear(model.W_O[layer].flatten(0, 1)), scale=1.0))
-
-    return BlockMap(
-        model, tuple(block(i) for i in range(3)), lambda ids, mask: model.embed(ids), head=(Linear(model.W_U),)
-    )
-
-
-register_block_map(PlantedChoice, _read)
+            self.W_U[out] = gain * copy
