@@ -579,7 +579,7 @@ def test_spellings_count_as_the_same_token():
     exact = natural_prefixes(model, [changed])
     fuzzy = natural_prefixes(model, [changed], tokenizer=Words())
     plain = natural_prefixes(model, [ids])
-    # The head goes by the token itself. The second "b" matches one token, the last "c" one ("a" is another token than
+    # The head goes by the token itself. The second "c" matches one token, the second "b" one ("a" is another token than
     # " A"), or three where both count as the same; with "a" in both places there is the second "a" too, which matches two.
     assert [int(found.count[1, 0]) for found in (exact, fuzzy, plain)] == [2, 2, 3]
     assert [float(found.prefix[1, 0]) for found in (exact, fuzzy, plain)] == [1, 2, 2]
