@@ -726,7 +726,7 @@ def _draw_steering(records: list[dict]) -> Plate:
     ax, targets = axes[0], records[0]["targets"]
     base = float(np.mean([r["base"] for r in records]))
     for name, (label, colour) in STEERED.items():
-        rows = [[r["base"], *np.mean(r["mass"][name], axis=0)] for r in records]
+        rows = [[float(np.mean(r["base"])), *np.mean(r["mass"][name], axis=0)] for r in records]
         band(ax, [0, *targets], rows, colour, label, marker="o", markersize=4)
     ax.set_xlabel("KL divergence from the unsteered model, nats")
     ax.set_ylabel("probability of the topic's words")
