@@ -1,6 +1,7 @@
 """Matched cosines find a hidden permutation; divergences agree with scipy."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import entropy
 
 from broadsheet.errors import InvalidInput
 from broadsheet.nn.divergence import js_divergence, kl_divergence
-from broadsheet.nn.matching import cosines, match_directions
+from broadsheet.nn.matching import best_pairs, cosines, match_directions
 from broadsheet.nn.seeding import generator
 
 
@@ -35,6 +36,25 @@ def test_each_direction_is_used_once() -> None:
     assert sorted(match.index.tolist()) == [-1, 0]
     assert match.cosine.count_nonzero() == 1
     assert match.mean == pytest.approx(0.5, abs=0.01)
+
+
+@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_pairs_are_the_best_of_all_there_are(seed: int, n: int, m: int, minimise: bool) -> None:
+    table = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, m)))
+    found = best_pairs(table, minimise)
+    there = found >= 0
+    assert int(there.sum()) == min(n, m) == len(found[there].unique())
+    sums = [
+        sum(float(table[i, j] if n <= m else table[j, i]) for i, j in enumerate(order))
+        for order in permutations(range(max(n, m)), min(n, m))
+    ]
+    best = min(sums) if minimise else max(sums)
+    assert float(table[there, found[there]].sum()) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_table_with_holes_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="table of pairs holds NaN"):
+        best_pairs(torch.tensor([[0.0, torch.nan]]))
 
 
 def test_cosines_of_nothing_are_nothing() -> None:

@@ -49,6 +49,54 @@ def test_streams_can_be_joined_and_single_precision_is_accumulated_in_double():
     assert PairMoments().update(x.float()).mean_x.dtype == torch.float64
 
 
+def test_what_is_joined_or_copied_is_left_alone():
+    x, y = made()
+    first, second = PairMoments().update(x[:100], y[:100]), PairMoments().update(x[100:], y[100:])
+    joined = PairMoments().merge(second).merge(first)
+    kept = first.copy()
+    joined.update(x[:7], y[:7])
+    kept.update(x[:7], y[:7])
+    torch.testing.assert_close(first.cov_xy, torch.cov(torch.cat([x, y], 1)[:100].T, correction=0)[:5, 5:])
+    torch.testing.assert_close(second.var_x, x[100:].var(0, correction=0))
+    assert (first.count, second.count, kept.count) == (100, 200, 107)
+    with pytest.raises(InvalidInput, match="within=True here and False there"):
+        first.merge(PairMoments(False).update(x, y))
+    assert PairMoments().copy().count == 0
+
+
+def test_parts_that_were_kept_apart_make_a_pair():
+    x, y = made(offset=50.0)
+    whole = PairMoments().update(x, y)
+    own = [PairMoments().update(part) for part in (x, y)]
+    pair = PairMoments.of_parts(*own, PairMoments(False).update(x, y))
+    for name in ("cov_x", "cov_y", "cov_xy", "var_x", "var_y", "mean_x", "mean_y"):
+        torch.testing.assert_close(getattr(pair, name), getattr(whole, name), atol=1e-10, rtol=0)
+    torch.testing.assert_close(pair.correlation().xy, whole.correlation().xy)
+    with pytest.raises(InvalidInput, match="300, 300 and 299 samples"):
+        PairMoments.of_parts(*own, PairMoments(False).update(x[1:], y[1:]))
+
+
+def test_some_units_only():
+    x, y = made()
+    few, some = torch.tensor([4, 0, 2]), torch.tensor([3, 1])
+    part, expected = PairMoments().update(x, y).subset(few, some), PairMoments().update(x[:, few], y[:, some])
+    for name in ("cov_x", "cov_y", "cov_xy", "mean_x", "mean_y"):
+        torch.testing.assert_close(getattr(part, name), getattr(expected, name), atol=1e-12, rtol=0)
+    with pytest.raises(InvalidInput, match="within=True"):
+        PairMoments(False).update(x, y).subset(few, some)
+
+
+def test_a_batch_adds_no_second_matrix():
+    """The sums are changed in place: their memory stays the same."""
+    x, y = made()
+    for within in (True, False):
+        moments = PairMoments(within).update(x, y)
+        before = [part.data_ptr() for part in (moments._xx, moments._yy, moments._xy)]
+        moments.update(x, y).merge(PairMoments(within).update(x, y))
+        assert [part.data_ptr() for part in (moments._xx, moments._yy, moments._xy)] == before
+        assert moments.count == 900
+
+
 def test_dead_units_are_said_and_do_not_become_nan():
     x, y = made()
     x[:, 2] = 7.0

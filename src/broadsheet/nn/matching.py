@@ -1,4 +1,4 @@
-"""Which found direction is which planted one: cosines, and the best pairing."""
+"""Which found direction is which planted one: cosines, and the best pairing of any table."""
 
 from dataclasses import dataclass
 
@@ -50,13 +50,29 @@ def match_directions(wanted: Tensor, found: Tensor, signed: bool = True) -> Matc
     if not table.isfinite().all():
         raise InvalidInput("directions hold NaN or infinite values: leave those rows out")
     table = table if signed else table.abs()
-    rows, columns = linear_sum_assignment(-table.cpu().numpy())
-    index = torch.full((len(wanted),), -1, dtype=torch.long, device=wanted.device)
+    index = best_pairs(table)
+    there = index >= 0
     cosine = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
-    at = torch.as_tensor(rows, device=wanted.device)
-    to = torch.as_tensor(columns, device=wanted.device)
-    index[at], cosine[at] = to, table[at, to]
+    cosine[there] = table[there, index[there]]
     return Matching(index, cosine)
+
+
+def best_pairs(table: Float[Tensor, "n m"], minimise: bool = False) -> Int[Tensor, " n"]:
+    """Each row with a column of its own, so that the sum is largest: min(n, m) pairs (Hungarian algorithm, scipy's).
+
+    Args:
+        table: what each pair is worth, finite.
+        minimise: the smallest sum, for distances.
+
+    Returns:
+        the column of each row; -1 where columns ran out.
+    """
+    if not bool(table.isfinite().all()):
+        raise InvalidInput("the table of pairs holds NaN or infinite values: leave those rows and columns out")
+    rows, columns = linear_sum_assignment(table.detach().cpu().numpy(), maximize=not minimise)
+    index = torch.full((len(table),), -1, dtype=torch.long, device=table.device)
+    index[torch.as_tensor(rows, device=table.device)] = torch.as_tensor(columns, device=table.device)
+    return index
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -83,43 +83,89 @@ class PairMoments:
                 raise InvalidInput(f"{len(x)} samples on one side, {len(y)} on the other: the same ones are expected")
         if len(x) == 0:
             return self
-        batch = PairMoments(self.within)
-        batch.count = len(x)
-        batch.mean_x = x.mean(0)
-        x = x - batch.mean_x
-        batch._xx = x.T @ x if self.within else x.square().sum(0)
-        if y is not None:
-            batch.mean_y = y.mean(0)
-            y = y - batch.mean_y
-            batch._yy = y.T @ y if self.within else y.square().sum(0)
-            batch._xy = x.T @ y
-        return self.merge(batch)
+        mean_x, mean_y = x.mean(0), None if y is None else y.mean(0)
+        share, dx, dy = self._joined(len(x), mean_x, mean_y)
+        x = x - mean_x
+        # Products are added in place: beside what is kept, no second matrix of its size is made.
+        _shift(_products(self._xx, x, x), dx, dx, share)
+        if y is not None and mean_y is not None and dy is not None:
+            y = y - mean_y
+            _shift(_products(self._yy, y, y), dy, dy, share)
+            _shift(_products(self._xy, x, y), dx, dy, share)
+        return self
 
     def merge(self, other: "PairMoments") -> "PairMoments":
         """Add what another stream has seen (other samples of the same units); the same object comes back."""
+        if other.within != self.within:
+            raise InvalidInput(f"within={self.within} here and {other.within} there: the same is expected")
         if other.count == 0:
             return self
+        share, dx, dy = self._joined(other.count, other.mean_x, other.mean_y)
+        _shift(self._xx.add_(other._xx), dx, dx, share)
+        if dy is not None:
+            _shift(self._yy.add_(other._yy), dy, dy, share)
+            _shift(self._xy.add_(other._xy), dx, dy, share)
+        return self
+
+    def copy(self) -> "PairMoments":
+        """The same sums in memory of their own."""
+        return PairMoments(self.within).merge(self)
+
+    @classmethod
+    def of_parts(cls, x: "PairMoments", y: "PairMoments", across: "PairMoments") -> "PairMoments":
+        """A pair out of streams that were kept apart: of several sets, each set's own covariance is kept only once.
+
+        Args:
+            x, y: of one set each, ``within=True``.
+            across: of both, ``within=False``, over the same samples.
+
+        Returns:
+            a pair with everything; it shares memory with the parts, so copy it before they go on.
+        """
+        if not (x.within and y.within) or not x.count == y.count == across.count:
+            raise InvalidInput(
+                f"{x.count}, {y.count} and {across.count} samples: streams of the same samples are expected, those of "
+                "one set with within=True"
+            )
+        pair = cls()
+        pair.count, pair.mean_x, pair.mean_y = across.count, across.mean_x, across.mean_y
+        pair._xx, pair._yy, pair._xy = x._xx, y._xx, across._xy
+        return pair
+
+    def subset(self, x: Tensor, y: Tensor) -> "PairMoments":
+        """The moments of some of the units only: a copy.
+
+        Args:
+            x, y: numbers of units of either set, ``[m]`` and ``[n]`` integers.
+        """
+        if not self.within or self.mean_y is None:
+            raise InvalidInput("a subset needs two sets and covariances inside them: PairMoments(within=True)")
+        part = PairMoments()
+        part.count, part.mean_x, part.mean_y = self.count, self.mean_x[x], self.mean_y[y]
+        part._xx, part._yy, part._xy = self._xx[x][:, x], self._yy[y][:, y], self._xy[x][:, y]
+        return part
+
+    def _joined(self, m: int, mean_x: Tensor, mean_y: Tensor | None) -> tuple[float, Tensor, Tensor | None]:
+        """Take in ``m`` samples' means: the weight of what they lie apart from those so far, and how far that is."""
         if self.count == 0:
-            for name in ("count", "mean_x", "mean_y", "_xx", "_yy", "_xy"):
-                setattr(self, name, getattr(other, name))
-            return self
-        for side in ("mean_x", "mean_y"):
-            mine, new = getattr(self, side), getattr(other, side)
-            if (mine is None) != (new is None) or (mine is not None and mine.shape != new.shape):
+            p, q = len(mean_x), 0 if mean_y is None else len(mean_y)
+            self.mean_x = torch.zeros_like(mean_x)
+            self._xx = mean_x.new_zeros((p, p) if self.within else p)
+            if mean_y is not None:
+                self.mean_y = torch.zeros_like(mean_y)
+                self._yy, self._xy = mean_x.new_zeros((q, q) if self.within else q), mean_x.new_zeros(p, q)
+        for side, new in (("mean_x", mean_x), ("mean_y", mean_y)):
+            mine = getattr(self, side)
+            if (None if mine is None else mine.shape) != (None if new is None else new.shape):
                 sizes = ["none" if mean is None else len(mean) for mean in (mine, new)]
                 raise InvalidInput(f"{side[-1]} had {sizes[0]} units so far and has {sizes[1]} now")
-        n, m = self.count, other.count
-        share = n * m / (n + m)
-        dx = other.mean_x - self.mean_x
-        self._xx = self._xx + other._xx + share * (torch.outer(dx, dx) if self.within else dx.square())
-        if self.mean_y is not None and other.mean_y is not None:
-            dy = other.mean_y - self.mean_y
-            self._yy = self._yy + other._yy + share * (torch.outer(dy, dy) if self.within else dy.square())
-            self._xy = self._xy + other._xy + share * torch.outer(dx, dy)
-            self.mean_y = self.mean_y + dy * (m / (n + m))
-        self.mean_x = self.mean_x + dx * (m / (n + m))
-        self.count = n + m
-        return self
+        n, self.count = self.count, self.count + m
+        dx, dy = mean_x - self.mean_x, None
+        self.mean_x = self.mean_x + dx * (m / self.count)
+        if mean_y is not None and self.mean_y is not None:
+            dy = mean_y - self.mean_y
+            self.mean_y = self.mean_y + dy * (m / self.count)
+        return n * m / self.count, dx, dy
 
     def _any(self) -> None:
         if self.count == 0:
@@ -184,7 +230,18 @@ def _spread(variance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(cov: Tensor, sx: Tensor, sy: Tensor) -> Tensor:
-    return (cov * sx[:, None] * sy).clamp(-1, 1)
+    """In place: ``cov`` was made for this."""
+    return cov.mul_(sx[:, None]).mul_(sy).clamp_(-1, 1)
+
+
+def _products(sums: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Add the products of two sets' values ``[n, p]``, ``[n, q]``, or the squares of one, in place."""
+    return sums.addmm_(x.T, y) if sums.ndim == 2 else sums.add_((x * y).sum(0))
+
+
+def _shift(sums: Tensor, dx: Tensor, dy: Tensor, share: float) -> Tensor:
+    """Add what the means of two samples lie apart, in place."""
+    return sums.addr_(dx, dy, alpha=share) if sums.ndim == 2 else sums.add_(dx * dy, alpha=share)
 
 
 def _checked(name: str, x: Tensor) -> Tensor:
