@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from broadsheet.errors import InvalidInput
-from broadsheet.nn.batches import model_inputs, unit_samples
+from broadsheet.nn.batches import class_labels, model_inputs, unit_samples
 from broadsheet.nn.tiny_models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
@@ -105,3 +105,22 @@ def test_a_loader_of_torch_is_understood():
     model = nn.Linear(3, 2)
     outputs = [model_inputs(batch).call(model) for batch in torch.utils.data.DataLoader(data, batch_size=2)]
     assert [len(output) for output in outputs] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((torch.zeros(3, 2), torch.tensor([2, 0, 1])), [2, 0, 1]),
+        ((torch.zeros(3, 2), [2, 0, 1]), [2, 0, 1]),
+        ((torch.zeros(3, 2), torch.eye(3)[[2, 0, 1]]), [2, 0, 1]),
+        ({"input_ids": torch.zeros(3, 2), "labels": torch.tensor([2, 0, 1])}, [2, 0, 1]),
+        ({"input_ids": torch.zeros(3, 2), "label": torch.tensor([2, 0, 1])}, [2, 0, 1]),
+        ((torch.zeros(3, 2), torch.rand(3)), None),  # a regression
+        ((torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.long)), None),  # ids and their mask
+        (torch.zeros(3, 2), None),
+        ({"input_ids": torch.zeros(3, 2)}, None),
+    ],
+)
+def test_classes_of_a_batch(batch, expected):
+    found = class_labels(batch)
+    assert (found is None) if expected is None else (found.tolist() == expected and found.dtype == torch.long)

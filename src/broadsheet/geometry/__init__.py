@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
             "shannon_entropy_binned",
             "shannon_mutual_information_binned",
         ],
+        "microscope": ["Look", "TrainingMicroscope"],
         "neural_collapse": [
             "CollapseMetrics",
             "CollapseMonitor",
@@ -45,5 +46,5 @@ __getattr__, __dir__, __all__ = attach(
             "ufm_optimum",
         ],
     },
-    submodules=["diffusion_spectral_entropy", "neural_collapse"],
+    submodules=["diffusion_spectral_entropy", "microscope", "neural_collapse"],
 )

@@ -31,12 +31,17 @@ class ModelInputs:
     mask: Tensor | None = None
 
     @property
-    def n(self) -> int:
-        """Samples in the batch."""
+    def first(self) -> Tensor:
+        """The first tensor that goes in."""
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor):
-                return len(value)
+                return value
         raise InvalidInput("a batch holds no tensor")
+
+    @property
+    def n(self) -> int:
+        """Samples in the batch."""
+        return len(self.first)
 
     def to(self, device: torch.device | str) -> "ModelInputs":
         args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.args)
@@ -81,6 +86,27 @@ def model_inputs(batch: Any) -> ModelInputs:
 def _is_mask(values: Tensor) -> bool:
     """Zeros and ones only, unlike the labels of a language model, which have the same shape."""
     return bool(((values == 0) | (values == 1)).all())
+
+
+def class_labels(batch: Any) -> Int[Tensor, " n"] | None:
+    """The classes of a batch, where it names some.
+
+    Args:
+        batch: ``(inputs, labels, ...)`` or a mapping with ``labels`` or ``label``. Rows with one number for each
+            class are taken as one-hot; anything else that is not one integer for each sample is no class.
+    """
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("label"))
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        labels = batch[1]
+    else:
+        return None
+    if labels is None or isinstance(labels, Mapping | str):
+        return None
+    labels = torch.as_tensor(labels)
+    if labels.ndim == 2 and labels.is_floating_point():
+        labels = labels.argmax(1)
+    return None if labels.ndim != 1 or labels.is_floating_point() else labels.long()
 
 
 def _moved(given: dict[str, Any]) -> ModelInputs:
