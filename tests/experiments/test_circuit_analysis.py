@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from broadsheet.data.choices import LabelledLists
 from broadsheet.errors import DataMissing
 from broadsheet.experiments import circuit_analysis
 from broadsheet.interpretability.circuit_analysis import ModelAtChance
@@ -16,7 +17,17 @@ from broadsheet.lab.testing import trial
 from broadsheet.nn.seeding import seeded
 
 TINY: dict[str, Any] = {
-    "TRAIN": {"words": 5, "width": 32, "hidden": 32, "layers": 3, "heads": 2, "steps": 12, "batch": 16, "lr": 4e-3},
+    "TRAIN": {
+        "words": 5,
+        "width": 32,
+        "hidden": 32,
+        "layers": 3,
+        "heads": 2,
+        "steps": 12,
+        "rounds": 1,
+        "batch": 16,
+        "lr": 4e-3,
+    },
     "TEST": 24,
     "FIT": 40,
     "PLANTED": 50,
@@ -39,6 +50,19 @@ def test_small_measures_every_claim_and_draws() -> None:
     assert context.measured["planted-letter-head"][0] == 1
     assert context.measured["planted-feature-told"][0] > 0.5
     assert set(record["trained"]["curve"]) == {"class_means", "random"}
+
+
+@pytest.mark.parametrize(("skill", "rounds"), [(0.5, 3), (1.0, 1)])
+def test_a_model_that_has_not_learned_its_task_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skill: float, rounds: int
+) -> None:
+    seeds = []
+    monkeypatch.setattr(circuit_analysis, "TRAIN", {**TINY["TRAIN"], "rounds": 3})
+    monkeypatch.setattr(circuit_analysis, "answered", lambda *_: torch.full((4,), skill))
+    monkeypatch.setattr(circuit_analysis, "train_language_model", lambda *_, seed, **__: seeds.append(seed))
+    context = Context.for_tests("circuit-analysis", 7, tmp_path)
+    circuit_analysis.train_letter_model(context, LabelledLists(n_words=5))
+    assert seeds == [7, 1007, 2007][:rounds]
 
 
 def save_model(folder: Path) -> None:
