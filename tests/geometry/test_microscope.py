@@ -13,6 +13,7 @@ from torch import nn
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry import TrainingMicroscope
 from broadsheet.geometry.diffusion_spectral_entropy import (
+    BandwidthWarning,
     diffusion_spectral_entropy,
     diffusion_spectral_mutual_information,
 )
@@ -144,9 +145,19 @@ def test_a_table_a_figure_and_what_it_cost():
     assert (cost["seconds_per_look"] > 0).all()
     axes = scope.plot()
     assert axes.shape == (3, 3)
+    legends = [[text.get_text() for text in row[-1].get_legend().get_texts()] for row in axes]
+    assert legends[0] == ["DSE(Z)", "DSMI(Z; Y)"]
+    assert legends[2] == ["matched units", "CKA", "NC4", "accuracy"]
     assert axes[1, 0].get_yscale() == "log"
-    assert [ax.get_title() for ax in axes[0]] == ["1", "4", "5"]
+    assert [ax.get_title("left") for ax in axes[0]] == ["1", "4", "5"]
     assert plt.get_fignums() == []
+
+
+def test_a_bandwidth_that_sees_nothing_is_said_once_for_each_layer():
+    scope = TrainingMicroscope(net(), loader(), ["1", "4"], collapse=False, sigma=1e4, max_points=30)
+    with pytest.warns(BandwidthWarning) as said:
+        _ = scope.look(), scope.look()
+    assert [str(one.message).split(":")[0] for one in said] == ["'1'", "'4'"]
 
 
 def test_memory_does_not_grow_with_the_samples():
@@ -174,7 +185,7 @@ def test_maps_are_reduced_for_entropy_and_taken_place_by_place_for_agreement(how
     scope = TrainingMicroscope(model, data, ["conv2"], reference=other, pool=how, max_points=20)
     seen = []
     entropies = scope._entropies
-    scope._entropies = lambda points, labels: seen.append(points.shape) or entropies(points, labels)
+    scope._entropies = lambda name, points, labels: seen.append(points.shape) or entropies(name, points, labels)
     (look,) = scope.look()
     assert seen == [(20, expected)]
     with torch.no_grad():

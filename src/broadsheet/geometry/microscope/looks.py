@@ -84,7 +84,8 @@ class TrainingMicroscope:
         reference: a second network on the same inputs, with whose layers the units are matched; None for none.
         reference_layers: the reference's layer for each of ``layers``; None: the same names.
         entropy, collapse: False leaves those measures out.
-        sigma, t: bandwidth and time of the entropy.
+        sigma, t: bandwidth and time of the entropy. ``"median"`` follows the scale of the layer, so that layers and
+            looks compare by shape alone; a number keeps the scale in.
         max_points: samples of which the entropy is taken, the same ones at every look.
         input_clusters: clusters of the inputs for DSMI(Z; X); None leaves it out.
         n_classes: labels are 0 to ``n_classes`` - 1; None: as many as the first look finds.
@@ -119,7 +120,7 @@ class TrainingMicroscope:
         reference_layers: Sequence[str] | None = None,
         entropy: bool = True,
         collapse: bool = True,
-        sigma: Any = "sqrt_dim",
+        sigma: Any = "median",
         t: float | int = 1,
         max_points: int = 500,
         input_clusters: int | None = None,
@@ -153,6 +154,7 @@ class TrainingMicroscope:
         self.history: list[Look] = []
         self._kept: Tensor | None = None  # which samples stand for all in the entropy
         self._clusters: np.ndarray | None = None
+        self._warned: set[str] = set()
         self._print: Tensor | None = None  # of the inputs, so that another order is noticed
 
     # ---------------------------------------------------------------------------------------------------- looking
@@ -308,7 +310,7 @@ class TrainingMicroscope:
         began = time.perf_counter()
         values: dict[str, float] = {}
         if self.entropy:
-            values |= self._entropies(torch.cat(layer.points), labels)
+            values |= self._entropies(layer.name, torch.cat(layer.points), labels)
         if layer.classes is not None:
             values |= self._collapse(layer)
             if layer.name in agreement:
@@ -318,21 +320,25 @@ class TrainingMicroscope:
         values["accuracy"] = accuracy
         return Look(at, layer.name, values, layer.seconds + time.perf_counter() - began)
 
-    def _entropies(self, points: Tensor, labels: Tensor | None) -> dict[str, float]:
+    def _entropies(self, name: str, points: Tensor, labels: Tensor | None) -> dict[str, float]:
         options: dict[str, Any] = {"sigma": self.sigma, "t": self.t, "seed": self.seed}
         x = points.double().numpy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BandwidthWarning)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BandwidthWarning)
             values = {"dse": float(diffusion_spectral_entropy(x, **options))}
             assert self._kept is not None
             codes = {
                 "dsmi_labels": None if labels is None else labels[self._kept].numpy(),
                 "dsmi_inputs": self._clusters,
             }
-            for name, clusters in codes.items():
+            for measure, clusters in codes.items():
                 if clusters is not None:
                     found = diffusion_spectral_mutual_information(x, None, clusters=clusters, **options)
-                    values[name] = float(found)
+                    values[measure] = float(found)
+        narrow = [str(one.message) for one in caught if issubclass(one.category, BandwidthWarning)]
+        if narrow and name not in self._warned:  # once for each layer, not at every look
+            self._warned.add(name)
+            warnings.warn(f"{name!r}: {narrow[0]}", BandwidthWarning, stacklevel=5)
         return values
 
     def _collapse(self, layer: _Layer) -> dict[str, float]:

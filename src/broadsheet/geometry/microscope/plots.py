@@ -44,23 +44,26 @@ def plot_looks(table: pd.DataFrame, axes: Any = None) -> Any:
         for title, keys in PANELS.items()
     }
     panels = {title: keys for title, keys in panels.items() if keys}
-    if axes is None:
-        with style():
-            _, axes = new_figure(
-                3.2 * len(names), 2.3 * len(panels), len(names), len(panels), squeeze=False, sharex=True, sharey="row"
+    with style():
+        if axes is None:
+            width, height = 2.6 * len(names) + 1.6, 2.2 * len(panels)
+            _, axes = new_figure(width, height, len(names), len(panels), squeeze=False, sharex=True, sharey="row")
+        for row, (title, keys) in zip(axes, panels.items(), strict=True):
+            lines = {}
+            for ax, name in zip(row, names, strict=True):
+                part = table[table["layer"] == name]
+                for key, colour in zip(keys, CYCLE, strict=False):
+                    if bool(part[key].notna().to_numpy().any()):
+                        (lines[key],) = ax.plot(part["at"], part[key], color=colour, marker="o", markersize=3, lw=1.5)
+                if title.startswith("collapse"):
+                    ax.set_yscale("log")
+            row[0].set_ylabel(title)
+            shown = [key for key in keys if key in lines]
+            row[-1].legend(
+                [lines[key] for key in shown], [NAMES[key] for key in shown], loc="center left", bbox_to_anchor=(1, 0.5)
             )
-    for number, (row, (title, keys)) in enumerate(zip(axes, panels.items(), strict=True)):
-        for ax, name in zip(row, names, strict=True):
-            part = table[table["layer"] == name]
-            for key, colour in zip(keys, CYCLE, strict=False):
-                if bool(part[key].notna().to_numpy().any()):
-                    ax.plot(part["at"], part[key], color=colour, marker="o", markersize=3, label=NAMES[key])
-            if title.startswith("collapse"):
-                ax.set_yscale("log")
-            if number == 0:
-                ax.set_title(name)
-        row[0].set_ylabel(title)
-        row[-1].legend(fontsize=7)
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
+        for ax, name in zip(axes[0], names, strict=True):
+            ax.set_title(name, loc="left")
+        for ax in axes[-1]:
+            ax.set_xlabel("step")
     return axes
