@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from broadsheet.errors import InvalidInput
-from broadsheet.nn.batches import class_labels, model_inputs, unit_samples
+from broadsheet.nn.batches import by_position, class_labels, model_inputs, unit_samples
 from broadsheet.nn.tiny_models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
@@ -77,6 +77,8 @@ def test_every_position_is_a_sample():
     rows = unit_samples(maps)
     assert rows.shape == (8, 3)
     assert torch.equal(rows[5], maps[1, :, 0, 1])
+    assert torch.equal(by_position(maps)[1, 1], maps[1, :, 0, 1])
+    assert by_position(torch.randn(2, 6)).shape == (2, 1, 6)
     last = unit_samples(maps.movedim(1, -1), channels="last")
     assert torch.equal(last, rows)
     assert torch.equal(unit_samples(maps, places=torch.tensor([3, 0]))[2], maps[1, :, 1, 1])

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import Lasso as SamplesLasso
 
 from broadsheet.errors import InvalidInput
-from broadsheet.nn.lasso import LassoWarning, largest_eigenvalue, lasso
+from broadsheet.nn.lasso import LassoWarning, largest_eigenvalue, lasso, with_pattern
 
 
 def made(n=400, p=12, q=5, seed=0, alike=0.7):
@@ -63,6 +63,16 @@ def test_a_path_from_warm_starts_ends_where_cold_starts_do():
     again = lasso(gram, cross, 0.01, warm.weight)
     assert again.steps <= warm.steps
     assert torch.equal(again.weight != 0, warm.weight != 0)
+
+
+def test_a_row_without_its_shrinkage_is_least_squares_on_its_units():
+    x, y, gram, cross = made()
+    row = lasso(gram, cross, 0.1).weight[2]
+    on = row.numpy() != 0
+    assert 0 < on.sum() < 12
+    full = with_pattern(row, gram, cross[:, 2])
+    np.testing.assert_allclose(full[on], np.linalg.lstsq(x.numpy()[:, on], y[:, 2], rcond=None)[0], atol=1e-9)
+    assert not full[~on].any()
 
 
 def test_the_start_is_not_changed_and_steps_that_run_out_are_said():

@@ -86,6 +86,22 @@ def test_some_units_only():
         PairMoments(False).update(x, y).subset(few, some)
 
 
+def test_two_sets_turned_and_without_their_insides():
+    x, y = made()
+    whole = PairMoments().update(x, y)
+    for moments in (whole, PairMoments(False).update(x, y)):
+        turned, between = moments.turned(), moments.between()
+        torch.testing.assert_close(turned.cov_xy, whole.cov_xy.T)
+        torch.testing.assert_close(turned.var_x, whole.var_y)
+        assert turned.within is moments.within and between.within is False
+        torch.testing.assert_close(between.var_y, whole.var_y)
+        torch.testing.assert_close(between.correlation().xy, whole.correlation().xy)
+        assert between.correlation().x is None
+    with pytest.raises(InvalidInput, match="no second set"):
+        PairMoments().update(x).turned()
+    assert PairMoments().update(x).between().correlation().xy is None
+
+
 def test_a_batch_adds_no_second_matrix():
     """The sums are changed in place: their memory stays the same."""
     x, y = made()
@@ -164,6 +180,18 @@ def test_canonical_correlations_match_scikit_learn():
     torch.testing.assert_close(
         canonical_correlations(PairMoments().update(x, mixed)), torch.ones(5, dtype=torch.float64)
     )
+
+
+def test_directions_that_hardly_vary_can_be_left_out():
+    x, y = made(n=2000)
+    x, y = x * torch.tensor([10.0, 9, 8, 1e-3, 1e-3]).double(), y * torch.tensor([10.0, 9, 1e-3, 1e-3]).double()
+    moments = PairMoments().update(x, y)
+    assert len(canonical_correlations(moments)) == 4
+    few = canonical_correlations(moments, variance=0.99)
+    principal = [part @ torch.linalg.eigh(torch.cov(part.T))[1][:, -k:] for part, k in ((x, 3), (y, 2))]
+    torch.testing.assert_close(few, canonical_correlations(PairMoments().update(*principal)), atol=1e-9, rtol=0)
+    with pytest.raises(InvalidInput, match="variance=0"):
+        canonical_correlations(moments, variance=0)
 
 
 def test_procrustes_finds_a_planted_similarity_and_scipys_rotation():

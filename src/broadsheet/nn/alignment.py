@@ -24,24 +24,33 @@ def linear_cka(moments: PairMoments) -> float:
     return float(across / inside)
 
 
-def canonical_correlations(moments: PairMoments, ridge: float = 0.0) -> Float[Tensor, " k"]:
+def canonical_correlations(
+    moments: PairMoments, ridge: float = 0.0, variance: float | int = 1.0
+) -> Float[Tensor, " k"]:
     """Correlations of the best matching directions of two sets of units, largest first.
 
     Args:
         moments: as in :func:`linear_cka`.
         ridge: added to the variances, as a share of their mean.
+        variance: share of each set's variance whose principal directions are kept, the largest first; below 1 the
+            noise in directions that hardly vary is left out (SVCCA, arXiv:1706.05806).
 
     Returns:
-        as many as the smaller of the two ranks.
+        as many as the smaller of the two numbers of directions.
     """
-    left, right = (_whitener(cov, ridge) for cov in (moments.cov_x, moments.cov_y))
+    if not 0 < variance <= 1:
+        raise InvalidInput(f"variance={variance}: a share above 0, at most 1, is expected")
+    left, right = (_whitener(cov, ridge, variance) for cov in (moments.cov_x, moments.cov_y))
     return torch.linalg.svdvals(left.T @ moments.cov_xy @ right).clamp(0, 1)
 
 
-def _whitener(cov: Tensor, ridge: float) -> Tensor:
+def _whitener(cov: Tensor, ridge: float, variance: float | int) -> Tensor:
     """``[d, rank]`` that turns units into uncorrelated ones of variance 1."""
     values, vectors = torch.linalg.eigh(cov)
     keep = values > values[-1].clamp_min(0) * len(cov) * torch.finfo(cov.dtype).eps
+    if variance < 1:
+        larger = values.clamp_min(0).flip(0).cumsum(0).flip(0) - values.clamp_min(0)  # of directions that come first
+        keep &= larger < variance * values.clamp_min(0).sum()
     if not bool(keep.any()):
         raise InvalidInput("a set of units does not vary at all")
     return vectors[:, keep] / (values[keep] + ridge * values.mean()).sqrt()

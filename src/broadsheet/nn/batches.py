@@ -147,17 +147,9 @@ def unit_samples(
     Raises:
         InvalidInput: no dimension for units, or a place that is not there.
     """
-    if channels not in ("auto", "first", "last"):
-        raise InvalidInput(f"channels={channels!r}: expected 'auto', 'first' or 'last'")
-    if activation.ndim < 2 or not activation.is_floating_point():
-        raise InvalidInput(
-            f"an activation of shape {tuple(activation.shape)} and {activation.dtype}: expected floating numbers, "
-            "[samples, units] or with positions"
-        )
+    values = by_position(activation, channels)
     if activation.ndim == 2:
         return activation
-    first = channels == "first" or (channels == "auto" and activation.ndim > 3)
-    values = (activation.movedim(1, -1) if first else activation).flatten(1, -2)  # [n, positions, units]
     if mask is not None and mask.shape != values.shape[:2]:
         mask = None  # a pooled layer, or positions that are not tokens
     if places is not None:
@@ -166,3 +158,22 @@ def unit_samples(
         places = places.to(values.device)
         values, mask = values[:, places], None if mask is None else mask.to(values.device)[:, places]
     return values.flatten(0, 1) if mask is None else values[mask.to(values.device).bool()]
+
+
+def by_position(activation: Tensor, channels: str = "auto") -> Float[Tensor, "n positions units"]:
+    """A layer's output with its positions in one dimension, features as one position.
+
+    Args:
+        activation, channels: as in :func:`unit_samples`.
+    """
+    if channels not in ("auto", "first", "last"):
+        raise InvalidInput(f"channels={channels!r}: expected 'auto', 'first' or 'last'")
+    if activation.ndim < 2 or not activation.is_floating_point():
+        raise InvalidInput(
+            f"an activation of shape {tuple(activation.shape)} and {activation.dtype}: expected floating numbers, "
+            "[samples, units] or with positions"
+        )
+    if activation.ndim == 2:
+        return activation[:, None]
+    first = channels == "first" or (channels == "auto" and activation.ndim > 3)
+    return (activation.movedim(1, -1) if first else activation).flatten(1, -2)

@@ -104,7 +104,7 @@ def lasso(
         pattern = w != 0
         if zeros is not None:
             for row in (~done & (pattern == zeros).all(1)).nonzero().flatten().tolist():
-                exact = _with_pattern(w[row], gram, c[left[row]], l1)
+                exact = with_pattern(w[row], gram, c[left[row]], l1)
                 if float(_violation(exact[None], gram, c[left[row]][None], l1)) <= tol:
                     w[row], done[row] = exact, True
         weight[left] = w
@@ -136,8 +136,19 @@ def _violation(w: Tensor, gram: Tensor, c: Tensor, l1: float) -> Tensor:
     return torch.where(w == 0, at_zero, (gradient + l1 * w.sign()).abs()).amax(1)
 
 
-def _with_pattern(w: Tensor, gram: Tensor, c: Tensor, l1: float) -> Tensor:
-    """The minimiser among weights with the signs of ``w``, if there is one: a linear system."""
+def with_pattern(
+    w: Float[Tensor, " p"], gram: Float[Tensor, "p p"], c: Float[Tensor, " p"], l1: float | int = 0.0
+) -> Float[Tensor, " p"]:
+    """One row's minimiser among weights with the zeros and the signs of ``w``, if there is one: a linear system.
+
+    Without a penalty it is least squares on the chosen units: a sparse row without its shrinkage.
+
+    Args:
+        w: the row.
+        gram: as in :func:`lasso`.
+        c: the row's column of ``target``.
+        l1: the penalty.
+    """
     on = w != 0
     exact = torch.zeros_like(w)
     inverse = torch.linalg.pinv(gram[on][:, on], hermitian=True)

@@ -132,6 +132,25 @@ class PairMoments:
         pair._xx, pair._yy, pair._xy = x._xx, y._xx, across._xy
         return pair
 
+    def between(self) -> "PairMoments":
+        """Without the covariances inside each set; it shares memory."""
+        if not self.within:
+            return self
+        part = PairMoments(False)
+        part.count, part.mean_x, part.mean_y, part._xy = self.count, self.mean_x, self.mean_y, self._xy
+        part._xx = self._xx.diagonal() if self.count else self._xx
+        part._yy = None if self._yy is None else self._yy.diagonal()
+        return part
+
+    def turned(self) -> "PairMoments":
+        """The second set as the first; it shares memory."""
+        if self.mean_y is None:
+            raise InvalidInput("there is no second set: call update(x, y)")
+        part = PairMoments(self.within)
+        part.count, part.mean_x, part.mean_y = self.count, self.mean_y, self.mean_x
+        part._xx, part._yy, part._xy = self._yy, self._xx, self._xy.T
+        return part
+
     def subset(self, x: Tensor, y: Tensor) -> "PairMoments":
         """The moments of some of the units only: a copy.
 
