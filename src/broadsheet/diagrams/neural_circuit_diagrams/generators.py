@@ -7,6 +7,7 @@ rule (``pullback``) in one place.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,7 +50,7 @@ def aligned(x: Tensor, letters: Letters, target: Letters) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Generator:
+class Generator(ABC):
     """A kind of step; subclasses say what varies."""
 
     glyph: ClassVar[str] = "box"
@@ -81,11 +82,11 @@ class Generator:
         """Names of the weights that it reads."""
         return ()
 
+    @abstractmethod
     def run(
         self, xs: list[Tensor], at: Pattern, size: Mapping[str, int], weights: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """The step's meaning: arrays in, arrays out."""
-        raise NotImplementedError
 
     def madds(self, at: Pattern, size: Mapping[str, Any]) -> Expr:
         """Multiply-adds, from the sizes of all letters."""

@@ -4,6 +4,7 @@ In its coordinate (y = log x, or x itself) either process is dY = drift dt + sig
 sigma sqrt(t) Z, and either net estimates Z. One loop trains both, so that a comparison is of the models alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ class Diffusion(NamedTuple):
     end: float
 
 
-class DenoisingModel(nn.Module, PyTorchModelHubMixin):
+class DenoisingModel(nn.Module, PyTorchModelHubMixin, ABC):
     """A net trained to estimate the noise Z in y_t; the net sees y_t standardized, and t.
 
     Args:
@@ -57,9 +58,9 @@ class DenoisingModel(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("mean", torch.tensor(0.0 if mean is None else mean))
         self.register_buffer("std", torch.tensor(1.0 if std is None else std))
 
+    @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """What the class is called with, beside the net, to build the same model again; JSON."""
-        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """Save weights (safetensors) and what rebuilds the model (config.json).
@@ -72,17 +73,17 @@ class DenoisingModel(nn.Module, PyTorchModelHubMixin):
         return super().save_pretrained(save_directory, config={"net": self.options, **self.arguments()}, **kwargs)
 
     @property
+    @abstractmethod
     def diffusion(self) -> Diffusion:
         """The process in the coordinate y."""
-        raise NotImplementedError
 
     def prepare(self, x: Tensor) -> Tensor:
         """The user's data as the process sees them."""
         return x
 
+    @abstractmethod
     def coordinate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y of prepared data, and log |dy/dx| summed over each point's values, (B,)."""
-        raise NotImplementedError
 
     def set_statistics(self, x0: Tensor) -> None:
         """Take mean and deviation of y from the user's data."""

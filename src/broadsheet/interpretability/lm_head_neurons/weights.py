@@ -5,7 +5,9 @@ Both are seen as names with shapes, so that everything after this module is the 
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ PART = 2**23  # bytes read at a time: what has been read of a file counts as mem
 LOADABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Weights:
+class Weights(ABC):
     """Weights by name. What varies is where they are: :class:`ModelWeights`, :class:`FileWeights`.
 
     Attributes:
@@ -34,13 +36,13 @@ class Weights:
     names: tuple[str, ...]
     device: torch.device
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows."""
-        raise NotImplementedError
 
     def transposed(self, name: str) -> bool | None:
         """Whether a matrix is stored as ``[in, out]``, as GPT-2 does; None where that is not known."""
@@ -53,12 +55,9 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._set
 
-    @property
+    @cached_property
     def _set(self) -> frozenset[str]:
-        known = self.__dict__.get("_names")
-        if known is None:
-            known = self.__dict__["_names"] = frozenset(self.names)
-        return known
+        return frozenset(self.names)
 
     @property
     def model_type(self) -> str:
