@@ -1,10 +1,8 @@
 """The bottleneck against vector-quantize-pytorch and the published layer: one step, forward and backward."""
 
-import sys
-import types
-
 import pytest
 import torch
+from official_codebooks import official_models
 
 from broadsheet.nn.quantization import Quantizer, nearest_codes
 from broadsheet.nn.seeding import generator
@@ -27,35 +25,10 @@ def step(module):
     return run
 
 
-def stand_in(name, kind):
-    module = types.ModuleType(name)
-
-    def get(attribute):
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return kind
-
-    module.__getattr__ = get
-    return module
-
-
 @pytest.fixture
 def published(monkeypatch):
-    """The official layers, with stand-ins for what their file imports and they do not need."""
-    official = pytest.importorskip("codebook_features")
-    import transformers
-
-    monkeypatch.setattr(transformers, "PreTrainedModel", torch.nn.Module, raising=False)
-    monkeypatch.setattr(transformers, "PretrainedConfig", object, raising=False)
-    for name in ("transformer_lens", "transformer_lens.loading_from_pretrained", "transformer_lens.hook_points"):
-        monkeypatch.setitem(sys.modules, name, stand_in(name, torch.nn.Module))
-    for name in ("mod_model_classes", "tl_mods", "utils"):
-        made = stand_in(name, object)
-        monkeypatch.setitem(sys.modules, f"codebook_features.{name}", made)
-        monkeypatch.setattr(official, name, made, raising=False)
-    monkeypatch.delitem(sys.modules, "codebook_features.models", raising=False)
-    import codebook_features.models as models
-
+    """The official layers."""
+    models = official_models(monkeypatch)
     models.BaseSnapFunction.loss = "aeloss"
     return models
 

@@ -1,13 +1,12 @@
 """Parity with the official package where it is installed: bottlenecks with gradients, divergence, precision and recall."""
 
 import inspect
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from official_codebooks import official_models
 
 from broadsheet.interpretability.codebook_features.search import find_codes
 from broadsheet.nn.divergence import js_divergence
@@ -17,35 +16,9 @@ from broadsheet.nn.seeding import generator
 official = pytest.importorskip("codebook_features")
 
 
-def stand_in(name, kind):
-    """A module in the place of one that the official file imports and the bottlenecks do not need."""
-    module = types.ModuleType(name)
-
-    def get(attribute):
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return kind
-
-    module.__getattr__ = get
-    return module
-
-
 @pytest.fixture
 def models(monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(transformers, "PreTrainedModel", torch.nn.Module, raising=False)
-    monkeypatch.setattr(transformers, "PretrainedConfig", object, raising=False)
-    for name in ("transformer_lens", "transformer_lens.loading_from_pretrained", "transformer_lens.hook_points"):
-        monkeypatch.setitem(sys.modules, name, stand_in(name, torch.nn.Module))
-    for name in ("mod_model_classes", "tl_mods", "utils"):
-        made = stand_in(name, object)
-        monkeypatch.setitem(sys.modules, f"codebook_features.{name}", made)
-        monkeypatch.setattr(official, name, made, raising=False)
-    monkeypatch.delitem(sys.modules, "codebook_features.models", raising=False)
-    import codebook_features.models as models
-
-    return models
+    return official_models(monkeypatch)
 
 
 def function(file, name):

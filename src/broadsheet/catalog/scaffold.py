@@ -114,12 +114,11 @@ def centre(points: Tensor) -> Centred:
 _EXPERIMENT = '''\
 """The claims of $title_text (arXiv:$arxiv), measured."""
 
-import matplotlib.pyplot as plt
 import torch
 
 from broadsheet.$field.$name import centre
 from broadsheet.lab import Context, Plate
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, new_figure, style
 from broadsheet.nn.seeding import generator
 
 N_POINTS = 256
@@ -142,7 +141,7 @@ def run(ctx: Context) -> dict:
 def draw(records: list[dict]) -> list[Plate]:
     """The distance of the mean from the origin, seed by seed."""
     with style():
-        figure, axes = plt.subplots()
+        figure, axes = new_figure(6.0, 3.8)
         for kind, label in (("baseline", "as they are"), ("ours", "centred")):
             axes.plot([record[kind] for record in records], "o", color=COLOURS[kind], label=label)
         axes.set(xlabel="seed", ylabel="distance of the mean from the origin")

@@ -39,7 +39,7 @@ from broadsheet.generative.multiplicative_diffusion import (
 )
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.distances import energy_distance, fit_lognormal, frechet_distance, inception_distance
-from broadsheet.nn.plotting import COLOURS, CYCLE, band, style
+from broadsheet.nn.plotting import COLOURS, CYCLE, band, new_figure, style
 from broadsheet.nn.score_networks import ResidualMLP, ScoreMLP, ScoreUNet
 from broadsheet.nn.seeding import generator, seeded
 
@@ -459,12 +459,11 @@ def draw(records: list[dict[str, Any]]) -> list[Plate]:
 
 
 def _draw_samples(record: dict[str, Any]) -> Plate:
-    import matplotlib.pyplot as plt
     import numpy as np
 
     samples = record["samples"]
     rows = [str(max(record["steps"])), str(min(record["steps"]))]
-    fig, axes = plt.subplots(len(rows), 4, figsize=(9.2, 4.9), layout="constrained")
+    fig, axes = new_figure(9.2, 4.9, 4, len(rows))
     for i, (row, steps) in enumerate(zip(axes, rows, strict=True)):
         # The left column holds what does not depend on the steps: the data, and the flow's own 41 calls.
         side = ("data", "data") if i == 0 else ("probability flow, 41 calls", "ode")
@@ -488,11 +487,10 @@ def _draw_samples(record: dict[str, Any]) -> Plate:
 
 
 def _draw_steps(records: list[dict[str, Any]]) -> Plate:
-    import matplotlib.pyplot as plt
     import numpy as np
 
     steps = records[0]["steps"]
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", width_ratios=(3, 2))
+    fig, axes = new_figure(8.4, 3.4, 2, width_ratios=(3, 2))
     for key, marker in (("additive", "s"), ("unconstrained", "^"), ("dale", "o")):
         rows = [1000 * np.array(record["energy"][key]) for record in records]
         band(axes[0], steps, rows, COLOUR[key], NAMES[key], marker=marker, ms=5)
@@ -525,12 +523,11 @@ def _draw_steps(records: list[dict[str, Any]]) -> Plate:
 
 
 def _draw_images(name: str, records: list[dict[str, Any]]) -> Plate:
-    import matplotlib.pyplot as plt
     import numpy as np
 
     keys = ["data", "dale", "nearest", "unconstrained", "additive", "gaussian", "pixels", "annealed"]
     drawn, labels = records[0]["drawn"], {**NAMES, "data": "training data", "nearest": "… nearest training image"}
-    fig, axes = plt.subplots(len(keys), 1, figsize=(9.2, 0.66 * len(keys)), layout="constrained")
+    fig, axes = new_figure(9.2, 0.66 * len(keys), 1, len(keys))
     for ax, key in zip(axes, keys, strict=True):
         images = np.asarray(drawn[key])  # (n, channels, height, width)
         white = 0 if images.shape[1] == 1 else 1  # grey images are drawn as ink on paper
@@ -558,9 +555,7 @@ def _draw_images(name: str, records: list[dict[str, Any]]) -> Plate:
 
 
 def _draw_paths(record: dict[str, Any]) -> Plate:
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
+    fig, axes = new_figure(8.4, 3.4, 2, sharey=True)
     axes[0].plot(record["forward_times"], record["forward"], color=COLOURS["baseline"], alpha=0.45, lw=0.8)
     axes[1].plot(record["back_times"], record["backward"], color=COLOURS["ours"], alpha=0.45, lw=0.8)
     axes[1].invert_xaxis()
@@ -572,10 +567,9 @@ def _draw_paths(record: dict[str, Any]) -> Plate:
 
 
 def _draw_terminal(record: dict[str, Any]) -> Plate:
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    fig, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    fig, ax = new_figure(5.6, 3.4)
     end = torch.as_tensor(np.asarray(record["terminal"]))
     fit, grid = fit_lognormal(end), torch.linspace(0.02, 6, 300)
     bins = np.linspace(0, 6, 70).tolist()
@@ -590,10 +584,9 @@ def _draw_terminal(record: dict[str, Any]) -> Plate:
 
 
 def _draw_weights(records: list[dict[str, Any]]) -> Plate:
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    fig, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    fig, ax = new_figure(5.6, 3.4)
     for colour, key in zip(CYCLE, records[0]["weights"], strict=False):
         accuracy = np.mean([record["accuracy"][key] for record in records])
         flips = np.mean([record["sign_flips"][key] for record in records])

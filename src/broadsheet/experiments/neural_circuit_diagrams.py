@@ -25,7 +25,7 @@ from broadsheet.diagrams.neural_circuit_diagrams.trace import traced
 from broadsheet.diagrams.neural_circuit_diagrams.zoo import CausalLogits, VisionTransformer, zoo
 from broadsheet.errors import DataMissing
 from broadsheet.lab import Context, Plate
-from broadsheet.nn.plotting import COLOURS, style
+from broadsheet.nn.plotting import COLOURS, new_figure, style
 from broadsheet.nn.seeding import seeded
 from broadsheet.recordings.rbtransformer import RBTransformer
 
@@ -235,11 +235,9 @@ def draw(records: list[dict]) -> list[Plate]:
 
 
 def _draw_rebuilt(records: list[dict]) -> Plate:
-    import matplotlib.pyplot as plt
-
     names = records[0]["names"]
     with style():
-        chart, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+        chart, ax = new_figure(6.4, 3.4)
         for row, (key, title) in enumerate((("graph", "operator graph"), ("drawing", "circuit diagram"))):
             for x, name in enumerate(names):
                 share = _share(record[key][name] for record in records)

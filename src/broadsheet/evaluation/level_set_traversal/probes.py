@@ -14,7 +14,7 @@ from torch import Tensor
 from broadsheet.errors import InvalidInput
 from broadsheet.evaluation.level_set_traversal.inputs import classifier
 from broadsheet.evaluation.level_set_traversal.traversal import show
-from broadsheet.nn.plotting import SEQUENTIAL
+from broadsheet.nn.plotting import SEQUENTIAL, new_figure, style
 from broadsheet.nn.seeding import generator
 
 DROPS = (0.0, 0.1, 0.2, 0.3)
@@ -114,9 +114,8 @@ class TriangleConfidence:
             pictures: draw the three images.
         """
         if ax is None:
-            import matplotlib.pyplot as plt
-
-            _, ax = plt.subplots(figsize=(3.8, 3.4), layout="constrained")
+            with style():
+                _, ax = new_figure(3.8, 3.4)
         corners = np.array([[0.5, math.sqrt(3) / 2], [0.0, 0.0], [1.0, 0.0]])  # source on top
         at = self.weights.cpu().double().numpy() @ corners
         drawn = ax.tricontourf(

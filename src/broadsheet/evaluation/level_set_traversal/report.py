@@ -14,6 +14,7 @@ from broadsheet.evaluation.level_set_traversal.distances import Perceptual, imag
 from broadsheet.evaluation.level_set_traversal.inputs import classifier
 from broadsheet.evaluation.level_set_traversal.probes import path_confidence, triangle_confidence
 from broadsheet.evaluation.level_set_traversal.traversal import Traversal, level_set_traversal, show
+from broadsheet.nn.plotting import new_figure, style
 from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.seeding import generator
 
@@ -45,9 +46,8 @@ class BlindSpotGrid:
         """
         k = len(self.images)
         if axes is None:
-            import matplotlib.pyplot as plt
-
-            _, axes = plt.subplots(k, k, figsize=(1.05 * k, 1.2 * k), layout="constrained", squeeze=False)
+            with style():
+                _, axes = new_figure(1.05 * k, 1.2 * k, k, k, squeeze=False)
         names = [str(name) for name in (self.classes if names is None else names)]
         for i in range(k):
             for j in range(k):

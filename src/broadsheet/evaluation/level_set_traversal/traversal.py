@@ -29,7 +29,7 @@ from broadsheet.evaluation.level_set_traversal.inputs import (
     classifier,
     correct_sources,
 )
-from broadsheet.nn.plotting import new_axes
+from broadsheet.nn.plotting import new_axes, new_figure, style
 from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.seeding import generator
 
@@ -101,9 +101,8 @@ class Traversal:
             shots += [(f"step {self.path_steps[i]}", self.path[row, i]) for i in chosen.tolist()]
         shots += [("end", self.images[row]), ("target", self.target[row])]
         if axes is None:
-            import matplotlib.pyplot as plt
-
-            _, axes = plt.subplots(1, len(shots), figsize=(1.3 * len(shots), 1.7), layout="constrained")
+            with style():
+                _, axes = new_figure(1.3 * len(shots), 1.7, len(shots))
         for ax, (title, image) in zip(axes, shots, strict=False):
             show(ax, image, title)
         return axes

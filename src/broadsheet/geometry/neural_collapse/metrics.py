@@ -24,7 +24,7 @@ from torch import Tensor
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.neural_collapse.theory import Decay, FramePrediction, LayerPrediction, gof_prediction
 from broadsheet.nn.moments import ClassMoments
-from broadsheet.nn.plotting import COLOURS, new_axes
+from broadsheet.nn.plotting import COLOURS, new_axes, new_figure, style
 
 TARGETS = ("etf", "orthogonal", "gof")
 
@@ -93,9 +93,8 @@ class CollapseMetrics:
 def gram_plot(found: Tensor, predicted: Tensor, axes: Any = None) -> Any:
     """Two matrices on one scale of colours, found and predicted; returns the axes."""
     if axes is None:
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots(1, 2, figsize=(6.4, 3.0), layout="constrained")
+        with style():
+            _, axes = new_figure(6.4, 3.0, 2)
     limit = float(torch.stack([found.abs().max(), predicted.abs().max()]).max())
     for ax, matrix, title in zip(axes, (found, predicted), ("found", "predicted"), strict=True):
         picture = ax.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
