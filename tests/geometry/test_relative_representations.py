@@ -1093,13 +1093,14 @@ def test_the_real_minilm_under_a_head_that_never_saw_it():
 
 
 def test_as_latentis_on_the_same_latents():
-    relative = pytest.importorskip("latentis.transform.projection")
+    theirs = pytest.importorskip("latentis.transform.projection", exc_type=ImportError)
     x, a = randn(20, 6).float(), randn(9, 6, seed=1).float()
-    for name, theirs, sign in (
-        ("cosine", relative.cosine_proj, 1), ("euclidean", relative.euclidean_proj, -1), ("l1", relative.l1_proj, -1),
-        ("basis_change", relative.change_of_basis_proj, 1),
-    ):  # fmt: skip
-        same(relative_projection(x, a, name), sign * theirs(x, a), 1e-4)
+    same(relative_projection(x, a), theirs.cosine_proj(x, anchors=a), 1e-6)
+    same(relative_projection(x, a, "angular"), 1 - 2 * theirs.angular_proj(x, anchors=a), 1e-3)
+    same(relative_projection(x, a, "euclidean"), -theirs.euclidean_proj(x, anchors=a), 1e-4)
+    same(relative_projection(x, a, "l1"), -theirs.l1_proj(x, anchors=a), 1e-5)
+    square = a[:6]
+    same(relative_projection(x, square, "basis_change"), theirs.change_of_basis_proj(x, anchors=square), 1e-3)
 
 
 def test_latents_of_switches_nothing():

@@ -119,8 +119,9 @@ def relative_projection(
             f"latents have {x.shape[1]} features, anchors {a.shape[1]}: both must come from the same encoder"
         )
     if check:
-        require_finite("latents", x)
-        require_finite("anchor_latents", a)
+        for name, rows in (("latents", x), ("anchor_latents", a)):
+            if not bool(_peak(rows).isfinite().all()):
+                require_finite(name, rows)  # says where
     chosen = as_frame(frame, a)
     if chosen is not None:
         x, a = chosen(x), chosen(a)
@@ -152,14 +153,19 @@ def unit(x: Tensor) -> Tensor:
     """Rows of length 1; a row without length stays zero, and its gradient is zero too."""
     # Squares of very small or very large entries leave the range of floats, so the largest entry is divided out first.
     # The result does not depend on it, hence no gradient through it. What has length has at least length 1 then.
-    peak = x.detach().abs().amax(-1, keepdim=True)
+    peak = _peak(x)
     x = x / peak.masked_fill(peak == 0, math.inf)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(0.5)
 
 
+def _peak(x: Tensor) -> Tensor:
+    """The largest entry of every row; NaN and infinity stay."""
+    return x.detach().abs().amax(-1, keepdim=True)
+
+
 def _check_directions(x: Tensor, a: Tensor) -> None:
     for name, rows in (("latents", x), ("anchors", a)):
-        empty = (rows == 0).all(1).nonzero()
+        empty = (_peak(rows)[:, 0] == 0).nonzero()
         if len(empty):
             warnings.warn(
                 f"{len(empty)} of the {name} have length zero, first in row {int(empty[0])}: their cosine is undefined "
@@ -184,6 +190,8 @@ def _cosine(x: Tensor, a: Tensor) -> Tensor:
 
 def _clamped(cosine: Tensor) -> Tensor:
     # clamp() would stop the gradient of an entry that rounding put outside; the correction is a constant instead.
+    if not cosine.requires_grad:
+        return cosine.clamp_(-1, 1)
     plain = cosine.detach()
     return cosine + (plain.clamp(-1, 1) - plain)
 
