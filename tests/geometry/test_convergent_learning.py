@@ -692,9 +692,9 @@ def test_figures_show_what_they_say():
     np.testing.assert_allclose(axes[0].get_lines()[0].get_ydata(), one.match().score.sort(descending=True).values)
     four = one.plot_correlations()
     assert len(four) == 4
-    np.testing.assert_allclose(four[3].images[0].get_array().diagonal(), [
-        float(one.chosen.correlation().xy[i, j]) for i, j in zip(one.match().order, one.match().partner[one.match().order],
-                                                                 strict=True)])  # fmt: skip
+    pairs = one.match()
+    expected = one.scored.correlation().xy[pairs.order, pairs.partner[pairs.order]]
+    np.testing.assert_allclose(four[3].images[0].get_array().diagonal(), expected)
     path = one.sparse_path(points=5)
     line = path.plot().get_lines()[0]
     np.testing.assert_allclose(line.get_xdata(), path.to_frame()["active"])

@@ -16,6 +16,7 @@ information in nats is corrected in nats.
 from broadsheet.geometry.convergent_learning.clusters import (
     UnitClusters,
     UnitTree,
+    block_plot,
     hierarchical_unit_clusters,
     spectral_unit_clusters,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "UnitMatching",
     "UnitStatistics",
     "UnitTree",
+    "block_plot",
     "convergence_report",
     "hierarchical_unit_clusters",
     "match_units",

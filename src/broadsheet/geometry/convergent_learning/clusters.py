@@ -4,9 +4,9 @@ All units stand in one graph, joined by the size of their correlation. A group t
 of all of them, in similar numbers, and these span the same space (arXiv:1511.07543, section 3.3 and appendix).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.convergent_learning.statistics import StackedUnits, UnitStatistics
-from broadsheet.nn.plotting import CYCLE, SEQUENTIAL, new_axes
+from broadsheet.nn.plotting import COLOURS, CYCLE, SEQUENTIAL, new_axes
 
 DENSE = 1500  # units up to which all eigenvectors are computed
 
@@ -67,16 +67,26 @@ class UnitClusters:
         more = {"balance": self.balance, "across": self.across, "overlap": self.overlap}
         return pd.DataFrame(columns | {name: value.tolist() for name, value in more.items()}).rename_axis("cluster")
 
-    def plot(self, ax: Any = None) -> Any:
-        """Sizes of correlations, units sorted by group and network, groups with the strongest ties first."""
-        # Inside a group the networks' parts stand one after the other: a shared group is one dark block.
-        strength = self.across.nan_to_num(0.0)
-        place = strength.argsort(descending=True).argsort().to(self.labels.device)
+    @property
+    def order(self) -> Int[Tensor, " live"]:
+        """Live units group by group, those with the strongest ties between networks first, and by network inside."""
+        place = self._strongest.argsort().to(self.labels.device)
         live = (self.labels >= 0).nonzero().flatten()
         key = place[self.labels[live]] * len(self.names) + self.units.network[live]
-        order = live[key.argsort(stable=True)]
-        ends = (self.counts.sum(1)[strength.argsort(descending=True)]).cumsum(0)
-        return _blocks(self.units, order, ends.tolist(), ax)
+        return live[key.argsort(stable=True)]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each group ends in :attr:`order`."""
+        return self.counts.sum(1)[self._strongest].cumsum(0).tolist()
+
+    @property
+    def _strongest(self) -> Tensor:
+        return self.across.nan_to_num(-1.0).argsort(descending=True, stable=True)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Sizes of correlations, units in order: a group that networks share is one dark block; returns the axes."""
+        return _blocks(self.units, self.order, self.ends, ax)
 
 
 @dataclass(frozen=True)
@@ -219,23 +229,30 @@ def _overlap(units: StackedUnits, inside: Tensor, networks: int) -> Tensor:
 
 
 def _blocks(units: StackedUnits, order: Tensor, ends: list[int], ax: Any) -> Any:
-    ax = new_axes(ax, figsize=(5.0, 4.8))
-    shown = units.correlation[order][:, order].abs().cpu().numpy()
-    ax.imshow(shown, cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest")
-    # A strip along the top says whose unit it is.
-    owner, n = units.network[order].tolist(), len(order)
-    strip = max(1.0, n / 40)
-    for i, network in enumerate(owner):
-        ax.add_patch(_rectangle(i - 0.5, -0.5 - strip, strip, CYCLE[network % len(CYCLE)]))
-    for end in ends[:-1]:
-        ax.axhline(end - 0.5, color="white", linewidth=0.7)
-        ax.axvline(end - 0.5, color="white", linewidth=0.7)
-    ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5 - strip), xlabel="unit, by group", ylabel="unit, by group")
-    ax.grid(False)
-    return ax
+    return block_plot(units.correlation[order][:, order].abs(), units.network[order].tolist(), ends, ax)
 
 
-def _rectangle(x: float, y: float, height: float, colour: str) -> Any:
+def block_plot(table: Float[Tensor, "n n"], owner: Sequence[int], ends: Sequence[int], ax: Any = None) -> Any:
+    """Sizes of correlations with groups framed along the diagonal, and a strip above that says whose unit it is.
+
+    Args:
+        table: units group by group.
+        owner: the network of each.
+        ends: where each group ends.
+        ax: matplotlib axes, or None for new ones.
+    """
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), 1, height, facecolor=colour, linewidth=0)
+    ax, n = new_axes(ax, figsize=(5.0, 4.8)), len(table)
+    ax.imshow(table.cpu().numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest")
+    strip = max(1.0, n / 25)
+    for i, network in enumerate(owner):
+        colour = CYCLE[network % len(CYCLE)]
+        ax.add_patch(Rectangle((i - 0.5, -0.5 - 1.4 * strip), 1, strip, facecolor=colour, linewidth=0))
+    for start, end in pairwise([0, *ends]):
+        frame = {"edgecolor": COLOURS["baseline"], "facecolor": "none", "linewidth": 1.0}
+        ax.add_patch(Rectangle((start - 0.5, start - 0.5), end - start, end - start, **frame))
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5 - 1.4 * strip), xlabel="unit, by group", ylabel="unit, by group")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    return ax

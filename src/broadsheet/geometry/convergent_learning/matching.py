@@ -19,6 +19,7 @@ from broadsheet.nn.moments import Correlation, PairMoments
 from broadsheet.nn.plotting import COLOURS, new_axes
 
 MODES = ("bipartite", "semi")
+ROWS = 1024  # whose ranks are counted at a time: no second table is made
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def match_units(
     if values.ndim != 2 or 0 in values.shape:
         raise InvalidInput(f"a table of shape {tuple(values.shape)}: expected [units, units], at least one of each")
     rows, columns = (~dead_rows).nonzero().flatten(), (~dead_columns).nonzero().flatten()
-    live = values[rows][:, columns]
+    live = values if len(rows) == len(values) and len(columns) == values.shape[1] else values[rows][:, columns]
     if not bool(live.isfinite().all()):
         at = (~live.isfinite()).nonzero()[0]
         raise InvalidInput(
@@ -187,8 +188,9 @@ def match_units(
         there = (chosen >= 0).nonzero().flatten()
         at, to = rows[there], chosen[there]
         partner[at], score[at] = columns[to], live[there, to]
-        mine = worth[there, to][:, None]
-        rank[at] = (worth[there] <= mine if minimise else worth[there] >= mine).sum(1)
+        for part in torch.arange(len(there), device=there.device).split(ROWS):
+            others, mine = worth[there[part]], worth[there[part], to[part]][:, None]
+            rank[at[part]] = (others <= mine if minimise else others >= mine).sum(1)
     taken = set(partner.tolist())
     unmatched = tuple(i for i in columns.tolist() if i not in taken)
     gone = [tuple(dead.nonzero().flatten().tolist()) for dead in (dead_rows, dead_columns)]

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.convergent_learning.clusters import UnitClusters, spectral_unit_clusters
@@ -23,6 +23,7 @@ from broadsheet.geometry.convergent_learning.sparse import SparseMap, SparsePath
 from broadsheet.geometry.convergent_learning.statistics import UnitStatistics
 from broadsheet.geometry.convergent_learning.subspaces import SubspaceOverlap, subspace_overlap
 from broadsheet.nn.exemplars import RunningTopK
+from broadsheet.nn.moments import Correlation
 from broadsheet.nn.plotting import COLOURS, DIVERGING, new_figure, style
 from broadsheet.nn.progress import SILENT, Progress
 from broadsheet.nn.untrained import untrained_copy
@@ -110,19 +111,16 @@ class LayerConvergence:
         Returns:
             the four axes.
         """
-        found = self.chosen.correlation(first, second)
-        matching = self.match(first, second)
-        assert found.xy is not None
-        tables = {"between": found.xy, "between, paired": matching.permuted(found.xy)}
-        if found.x is not None and found.y is not None:
-            names = self.chosen.names
-            tables = {f"inside {names[first]}": found.x, f"inside {names[second]}": found.y, **tables}
+        tables = correlation_tables(self.scored.correlation(first, second), self.match(first, second))
+        names = {"first": f"inside {self.chosen.names[first]}", "second": f"inside {self.chosen.names[second]}"}
+        tables = {names.get(name, name): table for name, table in tables.items()}
         if axes is None:
             with style():
                 _, axes = new_figure(3.0 * len(tables), 3.1, len(tables))
         for ax, (title, table) in zip(axes, tables.items(), strict=True):
             ax.imshow(table.cpu().numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
-            ax.set_title(title)
+            ax.set(title=title, xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
             ax.grid(False)
         return axes
 
@@ -160,6 +158,18 @@ class LayerConvergence:
                 ids = self.top[network].ids
                 table[column] = [ids[i].tolist() for i in table[unit]]
         return table
+
+
+def correlation_tables(found: Correlation, matching: UnitMatching) -> dict[str, Tensor]:
+    """Correlations of the units that vary: inside the first and the second network (where they were kept), between
+    them, and between them with pairs on the diagonal, the best first."""
+    assert found.xy is not None
+    assert found.dead_y is not None
+    rows, columns = ~found.dead_x, ~found.dead_y
+    tables = {} if found.x is None else {"first": found.x[rows][:, rows]}
+    tables |= {} if found.y is None else {"second": found.y[columns][:, columns]}
+    paired = matching.permuted(found.xy)[:, : len(matching.matched)]
+    return tables | {"between": found.xy[rows][:, columns], "between, paired": paired}
 
 
 @dataclass(frozen=True)

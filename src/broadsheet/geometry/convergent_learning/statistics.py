@@ -154,6 +154,18 @@ class UnitStatistics:
         both._own, both._across = self._own, across._across
         return both
 
+    def only(self, *networks: int) -> "UnitStatistics":
+        """Some of the networks, in this order; it shares memory.
+
+        Args:
+            *networks: their numbers, two or more.
+        """
+        numbers = [self._number(i) for i in networks]
+        some = UnitStatistics([self.names[i] for i in numbers], self.within)
+        some._own = [self._own[i] for i in numbers] if self.within else []
+        some._across = {(a, b): self.between(numbers[a], numbers[b]) for a, b in some._across}
+        return some
+
     @property
     def count(self) -> int:
         return self._across[0, 1].count
