@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 from sklearn.linear_model import Lasso
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 from torch import nn
@@ -290,8 +291,17 @@ def test_errors_are_those_of_the_predictions():
     torch.testing.assert_close(found.best_single, (1 - c.square().max(0).values) / 2)
     fresh_x, fresh_y = units(seed=30), units(seed=32) + units(seed=30)
     held = found.scored(fresh_x, fresh_y)
-    torch.testing.assert_close(held.error, ((found(fresh_x) - fresh_y) / y.std(0, correction=0)).square().mean(0) / 2)
+    largest = torch.maximum(y.var(0, correction=0), fresh_y.var(0, correction=0))
+    torch.testing.assert_close(held.error, (found(fresh_x) - fresh_y).square().mean(0) / largest / 2)
     assert float(held.best_single.mean()) > float(found.best_single.mean())
+
+
+def test_a_unit_that_is_silent_where_a_map_is_fitted_does_not_outweigh_the_others():
+    x, y = units(), units(seed=2) + units()
+    y[1:, 4] = 0  # fires once
+    fresh_x, fresh_y = units(seed=30), units(seed=32) + units(seed=30)
+    for l1 in (0, 10):
+        assert float(sparse_map(x, y, l1).scored(fresh_x, fresh_y).error[4]) < 2
 
 
 def test_the_two_ends_of_a_path():
@@ -439,6 +449,18 @@ def test_planted_groups_are_recovered(networks):
     assert found.to_frame().shape == (8, networks + 3)
     again = spectral_unit_clusters(stats, 8)
     assert torch.equal(again.labels, found.labels)
+
+
+def test_groups_are_those_of_the_normalised_laplacian():
+    x, y = units(p=20, seed=3), units(p=15, seed=3)[:, :15] ** 2
+    graph = np.abs(np.corrcoef(torch.cat([x, y], 1).numpy().T))
+    np.fill_diagonal(graph, 0)
+    degree = graph.sum(1)
+    laplacian = np.eye(35) - graph / np.sqrt(np.outer(degree, degree))
+    vectors = np.linalg.eigh(laplacian)[1][:, :5]
+    expected = KMeans(5, n_init=10, random_state=0).fit_predict(vectors / np.linalg.norm(vectors, axis=1)[:, None])
+    found = spectral_unit_clusters(UnitStatistics.of(x, y), 5)
+    assert adjusted_rand_score(expected, found.labels) == 1
 
 
 def test_large_graphs_take_a_few_eigenvectors(monkeypatch):

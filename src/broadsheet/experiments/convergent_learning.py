@@ -507,7 +507,8 @@ def _correlations_plate(records: list[dict]) -> Plate:
     titles = {"first": "inside network 1", "second": "inside network 2"}
     image: Any = None
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
-        image = ax.imshow(np.array(table), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        image = ax.imshow(np.array(table), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+        ax.set_box_aspect(1)  # unequal widths, equal frames
         ax.set(title=titles.get(name, name), xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.grid(False)

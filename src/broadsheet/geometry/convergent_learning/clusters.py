@@ -17,7 +17,7 @@ from torch import Tensor
 
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.convergent_learning.statistics import StackedUnits, UnitStatistics
-from broadsheet.nn.plotting import COLOURS, CYCLE, SEQUENTIAL, new_axes
+from broadsheet.nn.plotting import CYCLE, SEQUENTIAL, new_axes
 
 DENSE = 1500  # units up to which all eigenvectors are computed
 
@@ -250,7 +250,7 @@ def block_plot(table: Float[Tensor, "n n"], owner: Sequence[int], ends: Sequence
         colour = CYCLE[network % len(CYCLE)]
         ax.add_patch(Rectangle((i - 0.5, -0.5 - 1.4 * strip), 1, strip, facecolor=colour, linewidth=0))
     for start, end in pairwise([0, *ends]):
-        frame = {"edgecolor": COLOURS["baseline"], "facecolor": "none", "linewidth": 1.0}
+        frame = {"edgecolor": CYCLE[5], "facecolor": "none", "linewidth": 1.3}
         ax.add_patch(Rectangle((start - 0.5, start - 0.5), end - start, end - start, **frame))
     ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5 - 1.4 * strip), xlabel="unit, by group", ylabel="unit, by group")
     ax.spines[:].set_visible(False)

@@ -118,7 +118,8 @@ class LayerConvergence:
             with style():
                 _, axes = new_figure(3.0 * len(tables), 3.1, len(tables))
         for ax, (title, table) in zip(axes, tables.items(), strict=True):
-            ax.imshow(table.cpu().numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+            ax.imshow(table.cpu().numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+            ax.set_box_aspect(1)  # unequal widths, equal frames
             ax.set(title=title, xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.grid(False)

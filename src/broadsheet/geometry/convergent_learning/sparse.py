@@ -83,7 +83,10 @@ class SparseMap:
         return float(self.active[self.live].double().mean())
 
     def scored(self, a: Pair, b: Tensor | None = None) -> "SparseMap":
-        """The same map with its errors on other samples, in the spread of the units it was fitted to.
+        """The same map with its errors on other samples.
+
+        A unit that hardly varied where the map was fitted can be far off here: errors are counted in the larger of its
+        spreads on both, so that no such unit outweighs all others.
 
         Args:
             a, b: as in :func:`sparse_map`.
@@ -296,7 +299,7 @@ def _errors(fitted: SparseMap, pair: PairMoments, weight: Tensor) -> Float[Tenso
     spread = pair.var_y / sy.square()
     offset = (pair.mean_y - fitted.mean_y) / sy - weight @ ((pair.mean_x - fitted.mean_x) / sx)
     squared = spread - 2 * (weight * across.T).sum(1) + ((weight @ inside) * weight).sum(1) + offset.square()
-    error = squared.clamp_min(0) / 2
+    error = squared.clamp_min(0) / (2 * spread.clamp_min(1))
     error[list(fitted.dead_second)] = torch.nan
     return error
 
