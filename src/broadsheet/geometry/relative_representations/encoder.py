@@ -126,7 +126,7 @@ class RelativeEncoder(nn.Module):
                 for start in starts:
                     rows = take_rows(self.anchors.samples, slice(start, start + self.batch_size))
                     parts.append(self._latents(self._inputs(rows)))
-            self._kept = state, torch.cat(parts)
+                self._kept = state, torch.cat(parts)
         return self._kept[1]
 
     def forget(self) -> None:
