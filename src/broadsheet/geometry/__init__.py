@@ -8,6 +8,27 @@ from broadsheet._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "convergent_learning": [
+            "ConvergenceReport",
+            "ConvergentLearningWarning",
+            "LayerConvergence",
+            "MappingLayer",
+            "SparseMap",
+            "SparsePath",
+            "UnitClusters",
+            "UnitMatching",
+            "UnitStatistics",
+            "convergence_report",
+            "hierarchical_unit_clusters",
+            "match_units",
+            "matched_layer",
+            "sparse_map",
+            "sparse_path",
+            "spectral_unit_clusters",
+            "subspace_overlap",
+            "unit_correlation",
+            "unit_mutual_information",
+        ],
         "diffusion_spectral_entropy": [
             "BandwidthWarning",
             "DiffusionEntropyLoss",
@@ -74,5 +95,11 @@ __getattr__, __dir__, __all__ = attach(
             "stitching_matrix",
         ],
     },
-    submodules=["diffusion_spectral_entropy", "microscope", "neural_collapse", "relative_representations"],
+    submodules=[
+        "convergent_learning",
+        "diffusion_spectral_entropy",
+        "microscope",
+        "neural_collapse",
+        "relative_representations",
+    ],
 )
