@@ -112,6 +112,8 @@ def test_a_built_paper_is_published_over_five_seeds_with_figures(entry):
     assert all(found.seeds >= 5 for found in result.findings)
     assert result.figures
     assert all(file.is_file() and caption for file, caption in result.figures)
+    files = {str(file.relative_to(file.parents[1]).with_suffix("")) for file, _ in result.figures}
+    assert files >= set(entry.drawings)
 
 
 def test_every_dependency_is_pinned():

@@ -170,6 +170,41 @@ def test_linear_steps_commute_and_others_are_refused_and_false():
     assert viewed.rewrite("cancel").steps == ()
 
 
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (ncd.linear("a -> d", "F", bias=False, sizes={"a": 3, "d": 2}), "F"),
+        (ncd.linear("c -> d e", "G", bias=False, sizes={"c": 5, "d": 2, "e": 3}), "G"),
+        (ncd.reduce("b", "mean"), ""),
+        (ncd.scale(2.5), ""),
+    ],
+)
+def test_an_outer_product_slides_past_a_linear_step(step, name):
+    factors = ncd.wires("a b, c", {"a": 3, "b": 4, "c": 5})
+    both = factors >> ncd.einsum("a b, c -> a b c") >> step
+    turned = both.rewrite("slide", step=0)
+    assert isinstance(turned.steps[-1].op, type(both.steps[0].op)) and len(turned.steps[-1].ins) == 2
+    assert not name or turned.steps[0].op.name == name
+    assert difference(both, turned) < 1e-12
+    assert int(turned.cost().madds) < int(both.cost().madds)
+
+
+def test_what_an_outer_product_does_not_slide_past():
+    factors = ncd.wires("a, c", {"a": 3, "c": 5})
+    outer = ncd.einsum("a, c -> a c")
+    for step, word in (
+        (ncd.softmax("a"), "not linear"),
+        (ncd.elementwise("ReLU"), "not linear"),
+        (ncd.linear("a -> d", "B", sizes={"a": 3, "d": 2}), "not linear"),
+        (ncd.view("a c -> m", {"a": 3, "c": 5, "m": 15}), "several factors"),
+    ):
+        with pytest.raises(ncd.IllegalRewrite, match=word):
+            (factors >> outer >> step).rewrite("slide", step=0)
+    with pytest.raises(ncd.IllegalRewrite, match="outer product"):  # a dot: both factors have the axis
+        shared = ncd.wires("a, a", {"a": 3}) >> ncd.einsum("a, a -> a") >> ncd.reduce("a", "sum")
+        shared.rewrite("slide", step=0)
+
+
 def test_a_rewrite_that_changes_numbers_is_refused(monkeypatch):
     from broadsheet.diagrams.neural_circuit_diagrams import laws
 

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 def test_small_measures_every_claim_and_draws():
     context, record, plates = trial("neural-circuit-diagrams", seed=1)
-    assert [p.name for p in plates][-1] == "rebuilt" and len(plates) == 12
+    assert [p.name for p in plates][-1] == "rebuilt" and len(plates) == 15
     assert all(p.caption and p.figure.axes for p in plates)
     assert context.measured["diagram-runs"][0] == 1.0
     assert context.measured["rebuilt-from-drawing"][0] == 1.0

@@ -117,8 +117,18 @@ def _identifier(value: str) -> str:
     return value
 
 
+def _drawing(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]+/[a-z0-9-]+", value):
+        raise ValueError(f"{value!r} names no figure of a published result: 'slug/figure' is expected")
+    return value
+
+
 class Paper(_Entry):
-    """One catalogue entry: the facts, our summary, the paper's figures and, where the method is built, its claims."""
+    """One catalogue entry: the facts, our summary, the paper's figures and, where the method is built, its claims.
+
+    ``drawings`` names figures in other papers' published results (``"slug/figure"``) that show this paper's
+    architecture: they stand at the end of its own.
+    """
 
     slug: Slug
     title: Text
@@ -138,6 +148,7 @@ class Paper(_Entry):
     snippet: str = ""
     claims: tuple[Claim, ...] = ()
     caveats: tuple[Caveat, ...] = ()
+    drawings: tuple[Annotated[str, AfterValidator(_drawing)], ...] = ()
 
     @property
     def built(self) -> bool:

@@ -26,7 +26,9 @@ from broadsheet.diagrams.neural_circuit_diagrams.zoo import CausalLogits, Vision
 from broadsheet.errors import DataMissing
 from broadsheet.lab import Context, Plate
 from broadsheet.nn.plotting import COLOURS, new_figure, style
+from broadsheet.nn.score_networks import ScoreMLP
 from broadsheet.nn.seeding import seeded
+from broadsheet.nn.sparse_autoencoder import SparseAutoencoder
 from broadsheet.recordings.rbtransformer import RBTransformer
 
 CLOSE = 1e-5
@@ -192,6 +194,63 @@ def _full(ctx: Context) -> dict:
     }
 
 
+# ------------------------------------------------------------------------- architectures of other papers of the edition
+
+
+class Reconstruction(nn.Module):
+    """A sparse autoencoder from activations to what it makes of them."""
+
+    def __init__(self, width: int, latents: int) -> None:
+        super().__init__()
+        self.sae = SparseAutoencoder(width, latents)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sae(x)[0]
+
+
+class RelativeClassifier(nn.Module):
+    """An encoder, cosines to anchors that it embeds itself, and a head that reads them."""
+
+    def __init__(self, features: int, latents: int, anchors: int, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.norm = nn.Linear(features, latents), nn.LayerNorm(anchors)
+        self.head = nn.Linear(anchors, classes)
+
+    def forward(self, x: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        z, a = (nn.functional.normalize(self.encoder(part), dim=-1) for part in (x, anchors))
+        return self.head(self.norm(z @ a.T))
+
+
+def architectures() -> dict[str, tuple[nn.Module, tuple, str]]:
+    """Small networks of other papers of the edition: module, inputs, caption. Their entries name the drawing."""
+    with seeded(0):
+        return {
+            "rbtransformer": (
+                RBTransformer(5, d_model=12, depth=1, n_heads=2, head_dim=6, d_hidden=12).eval(),
+                (torch.zeros(2, 5, 4),),
+                "The architecture as a neural circuit diagram, with one block: electrodes e attend to each other.",
+            ),
+            "sparse-autoencoder": (
+                Reconstruction(8, 24).eval(),
+                (torch.zeros(3, 8),),
+                "The sparse autoencoder as a neural circuit diagram: the decoder's bias is taken away, 24 latents are"
+                " read from 8 numbers and cut off below zero, and what they write is added up.",
+            ),
+            "score-network": (
+                ScoreMLP(2, hidden=32, embedding=8).eval(),
+                (torch.zeros(5, 2), torch.ones(5)),
+                "The net that estimates the noise, as a neural circuit diagram: waves of the point and of the logarithm"
+                " of time are put side by side, then come dense layers.",
+            ),
+            "relative-classifier": (
+                RelativeClassifier(6, 5, 9, 3).eval(),
+                (torch.ones(4, 6), torch.ones(9, 6)),
+                "A classifier on relative representations, as a neural circuit diagram: samples b and anchors b' pass"
+                " through the same encoder, both are divided by their lengths, and one contraction gives all cosines.",
+            ),
+        }
+
+
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -216,13 +275,10 @@ def draw(records: list[dict]) -> list[Plate]:
     captions["vision-transformer"] = (
         "A vision transformer of one layer, from patches to the class token's entry at the end."
     )
-    models["rbtransformer"] = (
-        RBTransformer(5, d_model=12, depth=1, n_heads=2, head_dim=6, d_hidden=12).eval(), (torch.zeros(2, 5, 4),),
-    )  # fmt: skip
-    captions["rbtransformer"] = (
-        "RBTransformer, of another paper of this edition, with one block: electrodes e attend to each other."
-    )
-    models = {name: models[name] for name in (*DRAWN, "vision-transformer", "rbtransformer") if name in models}
+    own = architectures()
+    models |= {name: (model, inputs) for name, (model, inputs, _) in own.items()}
+    captions |= {name: caption for name, (*_, caption) in own.items()}
+    models = {name: models[name] for name in (*DRAWN, "vision-transformer", *own) if name in models}
     plates += [Plate(n, figure(scene(diagram(*m), width=WIDTH)), captions[n]) for n, m in models.items()]
     pair = diagram(*zoo(0, False)["scaled-attention"], axis_names=["y k", "x k", "x k"]).backward()
     for side, made in (("forward", pair.forward), ("backward", pair.backward)):

@@ -71,7 +71,7 @@ class Published:
     Attributes:
         paper: its catalogue entry.
         findings: one per claim that was measured; intervals and verdicts are computed anew from the measurements.
-        figures: (file, caption).
+        figures: (file, caption), at the end those of other papers' results that its entry names.
         facts: preset, seeds, date, device, machine, versions, commit, wall_s, peak_mib.
     """
 
@@ -152,11 +152,28 @@ def published(slug: str, folder: Path | None = None) -> Published | None:
             for claim in entry.claims
             if claim.id in measured
         )
-        figures = tuple((folder / figure["file"], figure["caption"]) for figure in content["figures"])
+        figures = _figures(folder, content)
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(
             f"{file}: the published result is damaged ({type(error).__name__}: {error}); publish it again with"
             f" `broadsheet run {entry.slug} --publish`"
         ) from error
     facts = {key: value for key, value in content.items() if key not in ("claims", "figures", "slug")}
-    return Published(entry, findings, figures, facts)
+    return Published(entry, findings, (*figures, *_drawings(entry, folder)), facts)
+
+
+def _figures(folder: Path, content: dict[str, Any]) -> tuple[tuple[Path, str], ...]:
+    return tuple((folder / figure["file"], figure["caption"]) for figure in content["figures"])
+
+
+def _drawings(entry: Paper, folder: Path) -> list[tuple[Path, str]]:
+    """Figures of other papers' results that this paper's entry names; those that are not published are left out."""
+    found = []
+    for name in entry.drawings:
+        file = folder / f"{name.partition('/')[0]}.json"
+        try:
+            figures = _figures(folder, json.loads(file.read_text()))
+        except (OSError, KeyError, TypeError, ValueError):
+            continue
+        found += [(path, caption) for path, caption in figures if path == folder / f"{name}.png"]
+    return found

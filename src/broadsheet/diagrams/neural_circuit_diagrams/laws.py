@@ -1,7 +1,7 @@
 """The algebra's laws as rewrites: each is applied only where it holds, and then checked on random numbers.
 Disjoint steps slide past each other by construction (see ``diagram``). What is left are laws that depend on what a
 step is: linear steps on different axes of one array commute, softmax does not; elementwise functions pass wiring, not
-sums.
+sums; an outer product slides past a linear step on one of its factors.
 """
 
 from __future__ import annotations
@@ -71,42 +71,89 @@ def why_not(first: Step, second: Step) -> str | None:
 
 def commute(diagram: Diagram, step: int) -> Diagram:
     """Exchange step number ``step`` with the one that uses its output."""
-    if not 0 <= step < len(diagram.steps):
-        raise InvalidInput(f"step={step}: the diagram has steps 0 to {len(diagram.steps) - 1}")
-    first = diagram.steps[step]
-    second = next((s for s in diagram.steps if first.outs and first.outs[0] in s.ins), None)
-    if second is None or any(len(side) != 1 for s in (first, second) for side in (s.ins, s.outs)):
+    first, second, later, axes = _in_a_row(diagram, step)
+    if any(len(side) != 1 for s in (first, second) for side in (s.ins, s.outs)):
         raise IllegalRewrite(f"step {step}: expected two steps in a row with one array in and one out each")
-    name = dict(zip(second.at.ins[0], first.at.outs[0], strict=True))
-    name |= {c: f"{c}~" for c in second.at.letters if c not in name}
-    at = Pattern((first.at.outs[0],), (tuple(name[c] for c in second.at.outs[0]),))
-    later = replace(second, op=renamed(second.op, name), at=at)
     if reason := why_not(first, later):
         raise IllegalRewrite(f"{_title(first)} and {_title(second)} do not commute: {reason}")
-    # The second step works on what the first one got: its new letters in the place of those that it consumes.
-    axes = {**diagram.axes_of(second), **diagram.axes_of(first)}
-    axes |= {name[c]: a for c, a in diagram.axes_of(second).items() if name[c] not in axes}
-    eaten = [c for c in at.ins[0] if c not in at.outs[0]]
-    made = [c for c in at.outs[0] if c not in at.ins[0]]
+    at = later.at
     if _wiring(later) and isinstance(later.op, Einsum):
         middle = tuple(c for c in at.outs[0] if c in first.at.ins[0])
-        eats = [c for c in first.at.ins[0] if c not in middle]
-        middle = (*middle, *eats)
+        middle = (*middle, *(c for c in first.at.ins[0] if c not in middle))
     else:
-        row: list[str] = []
-        for c in first.at.ins[0]:
-            row += made if eaten and c == eaten[0] else []
-            row += [] if c in eaten else [c]
-        middle = tuple(row if eaten else [*row, *made])
+        middle = _after(first.at.ins[0], at)
     value = 1 + max(diagram.values)
     new = [
         replace(later, at=Pattern(first.at.ins, (middle,)), ins=first.ins, outs=(value,)),
         replace(first, at=Pattern((middle,), at.outs), ins=(value,), outs=second.outs),
     ]
+    return _with(diagram, first, second, new, value, middle, axes)
+
+
+def slide(diagram: Diagram, step: int) -> Diagram:
+    """Let a linear step after the outer product number ``step`` come first, on the one factor that it touches."""
+    first, second, later, axes = _in_a_row(diagram, step)
+    rows = first.at.ins
+    together = [c for row in rows for c in row]
+    outer = isinstance(first.op, Einsum) and len(rows) > 1 and sorted(together) == sorted(set(first.at.outs[0]))
+    if not outer or len(first.at.outs[0]) != len(together):
+        raise IllegalRewrite(f"step {step}: expected an outer product, two or more arrays side by side as one")
+    if len(later.ins) != 1 or len(later.outs) != 1:
+        raise IllegalRewrite(f"{_title(second)} has several arrays: an outer product slides past a step on one")
+    if not is_linear(later.op):
+        raise IllegalRewrite(f"{_title(second)} is not linear: an outer product does not slide past it")
+    everywhere = later.op.eats is None and not isinstance(later.op, Elementwise)
+    core = set(together) if everywhere else {c for row in later.op.eats or () for c in row}
+    factor = next((j for j, row in enumerate(rows) if core <= set(row)), None)
+    if factor is None:
+        raise IllegalRewrite(f"{_title(second)} touches axes of several factors: {' '.join(sorted(core))}")
+    middle = _after(rows[factor], later.at)
+    value = 1 + max(diagram.values)
+    ins = (*rows[:factor], middle, *rows[factor + 1 :])
+    taken = (*first.ins[:factor], value, *first.ins[factor + 1 :])
+    new = [
+        replace(later, at=Pattern((rows[factor],), (middle,)), ins=(first.ins[factor],), outs=(value,)),
+        replace(first, at=Pattern(ins, later.at.outs), ins=taken, outs=second.outs),
+    ]
+    return _with(diagram, first, second, new, value, middle, axes)
+
+
+def _in_a_row(diagram: Diagram, step: int) -> tuple[Step, Step, Step, dict[str, Any]]:
+    """A step, the one that uses its output, that one in letters of the first, and the axes of all letters."""
+    if not 0 <= step < len(diagram.steps):
+        raise InvalidInput(f"step={step}: the diagram has steps 0 to {len(diagram.steps) - 1}")
+    first = diagram.steps[step]
+    second = next((s for s in diagram.steps if len(first.outs) == 1 and s.ins == first.outs), None)
+    if second is None or len(second.outs) != 1:
+        raise IllegalRewrite(f"step {step}: expected two steps in a row with one array in and one out each")
+    name = dict(zip(second.at.ins[0], first.at.outs[0], strict=True))
+    name |= {c: f"{c}~" for c in second.at.letters if c not in name}
+    at = Pattern((first.at.outs[0],), (tuple(name[c] for c in second.at.outs[0]),))
+    later = replace(second, op=renamed(second.op, name), at=at)
+    axes = {**diagram.axes_of(second), **diagram.axes_of(first)}
+    axes |= {name[c]: a for c, a in diagram.axes_of(second).items() if name[c] not in axes}
+    return first, second, later, axes
+
+
+def _after(row: Letters, at: Pattern) -> Letters:
+    """What a step makes of an array of these letters: new ones in the place of those that it consumes."""
+    eaten = [c for c in at.ins[0] if c not in at.outs[0]]
+    made = [c for c in at.outs[0] if c not in at.ins[0]]
+    found: list[str] = []
+    for c in row:
+        found += made if eaten and c == eaten[0] else []
+        found += [] if c in eaten else [c]
+    return tuple(found if eaten else [*found, *made])
+
+
+def _with(
+    diagram: Diagram, first: Step, second: Step, new: list[Step], value: int, letters: Letters, axes: dict[str, Any]
+) -> Diagram:
+    """A diagram with two steps in the place of two others, and the value between them."""
     steps = [s for s in diagram.steps if s is not first and s is not second]
     where = min(i for i, s in enumerate(diagram.steps) if s is second) - 1
     steps[where:where] = new
-    values = {**diagram.values, value: tuple(axes[c] for c in middle)}
+    values = {**diagram.values, value: tuple(axes[c] for c in letters)}
     return Diagram.of(values, steps, diagram.inputs, diagram.outputs, diagram.weights, diagram.notes)
 
 
@@ -188,7 +235,7 @@ def _changes_nothing(step: Step) -> bool:
     return isinstance(step.op, Einsum) and at.ins == at.outs and len(set(at.outs[0])) == len(at.outs[0])
 
 
-LAWS: dict[str, Callable[..., Diagram]] = {"commute": commute, "fuse": fuse, "cancel": cancel}
+LAWS: dict[str, Callable[..., Diagram]] = {"commute": commute, "slide": slide, "fuse": fuse, "cancel": cancel}
 
 
 def rewrite(diagram: Diagram, law: str, check: bool = True, seed: int = 0, **options: Any) -> Diagram:
@@ -196,7 +243,7 @@ def rewrite(diagram: Diagram, law: str, check: bool = True, seed: int = 0, **opt
 
     Args:
         diagram: what to rewrite; it is not changed.
-        law: ``"fuse"``, ``"commute"`` (with ``step=``) or ``"cancel"``.
+        law: ``"fuse"``, ``"cancel"``, or with ``step=`` ``"commute"`` or ``"slide"``.
         check: compare both sides on random numbers in float64.
         seed: of the random numbers.
         **options: of the law.

@@ -49,6 +49,10 @@ def _same(x: Held, value: int) -> Held:
     return Held(value, x.dims)
 
 
+def _scaled(tracer: Tracer, x: Any, factor: float) -> Held:
+    return tracer.held(x) if factor == 1 else _apply(tracer, x, f"× {factor!r}")
+
+
 def _apply(tracer: Tracer, x: Any, name: str) -> Held:
     letters, axes = tracer.letters(x)
     return _same(x, tracer.emit(Elementwise(name), [(x.value, letters)], [letters], axes)[0])
@@ -105,6 +109,11 @@ def _pow(tracer: Tracer, x: Held, power: Any) -> Any:
     return _apply(tracer, x, f"^ {float(power)!r}") if isinstance(power, int | float) else NotImplemented
 
 
+@rule("square")
+def _square(tracer: Tracer, x: Held) -> Held:
+    return _apply(tracer, x, "^ 2.0")
+
+
 @rule("clamp_min")
 def _clamp(tracer: Tracer, x: Held, low: float) -> Held:
     return _apply(tracer, x, f"≥ {float(low)!r}")
@@ -123,7 +132,7 @@ def _cast(tracer: Tracer, x: Held, *args: Any, **kwargs: Any) -> Any:
 
 
 @rule("add", "sub")
-def _add(tracer: Tracer, x: Any, y: Any, alpha: float = 1, sign: float = 1.0) -> Any:
+def _add(tracer: Tracer, x: Any, y: Any, alpha: float | int = 1, sign: float = 1.0) -> Any:
     if isinstance(y, int | float):
         return _apply(tracer, x, f"+ {float(sign * alpha * y)!r}")
     if isinstance(x, int | float):
@@ -134,7 +143,7 @@ def _add(tracer: Tracer, x: Any, y: Any, alpha: float = 1, sign: float = 1.0) ->
     return Held(tracer.emit(Add(2), ins, [out], axes)[0], dims)
 
 
-def _sub(tracer: Tracer, x: Any, y: Any, alpha: float = 1) -> Any:
+def _sub(tracer: Tracer, x: Any, y: Any, alpha: float | int = 1) -> Any:
     return _add(tracer, x, y, alpha, -1.0)
 
 
@@ -144,11 +153,11 @@ RULES["sub"] = _sub
 @rule("mul")
 def _mul(tracer: Tracer, x: Any, y: Any) -> Any:
     if isinstance(y, int | float):
-        return _apply(tracer, x, f"× {float(y)!r}")
+        return _scaled(tracer, x, float(y))
     if isinstance(y, Fixed) and y.tensor.numel() == 1 and not y.learned:
-        return _apply(tracer, x, f"× {float(y.tensor.detach())!r}")
+        return _scaled(tracer, x, float(y.tensor.detach()))
     if isinstance(x, int | float):
-        return _apply(tracer, y, f"× {float(x)!r}")
+        return _scaled(tracer, y, float(x))
     ins, out, axes, dims = tracer.aligned([x, y])
     return Held(tracer.emit(Einsum(), ins, [out], axes)[0], dims)
 
@@ -160,7 +169,7 @@ def _div(tracer: Tracer, x: Any, y: Any, **options: Any) -> Any:
     if isinstance(y, Fixed) and y.tensor.numel() == 1 and not y.learned:
         y = float(y.tensor.detach())
     if isinstance(y, int | float):
-        return _apply(tracer, x, f"× {1 / float(y)!r}")
+        return _scaled(tracer, x, 1 / float(y))
     if isinstance(x, int | float):
         return _mul(tracer, _apply(tracer, y, "1/·"), float(x))
     return _mul(tracer, x, _apply(tracer, tracer.held(y), "1/·"))
@@ -478,6 +487,16 @@ def _amax(tracer: Tracer, x: Held, dim: Any = None, keepdim: bool = False) -> An
     return _reduced(tracer, x, "max", dim, keepdim)
 
 
+@rule("linalg_vector_norm")
+def _vector_norm(
+    tracer: Tracer, x: Held, order: float | int = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> Any:
+    if order == 2:
+        return _apply(tracer, _reduced(tracer, _apply(tracer, x, "^ 2.0"), "sum", dim, keepdim), "√")
+    kind = {1: "sum", math.inf: "max"}.get(order)
+    return NotImplemented if kind is None else _reduced(tracer, _apply(tracer, x, "|·|"), kind, dim, keepdim)
+
+
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d")
 def _adaptive(tracer: Tracer, x: Held, shape: Any) -> Any:
     n = len(shape)
@@ -562,9 +581,14 @@ def _transpose(tracer: Tracer, x: Held, a: int, b: int) -> Held:
     return Held(x.value, tuple(dims))
 
 
-@rule("t")
+@rule("t", "numpy_T")
 def _t(tracer: Tracer, x: Held) -> Held:
     return Held(x.value, x.dims[::-1])
+
+
+@rule("mT")
+def _swap_last(tracer: Tracer, x: Held) -> Held:
+    return _transpose(tracer, x, -2, -1)
 
 
 @rule("permute")
@@ -605,6 +629,11 @@ def _expand(tracer: Tracer, x: Held, shape: Sequence[int], **_: Any) -> Any:
         (out.index(f"n{d}"),) if d in grow else tuple(out.index(letters[i]) for i in g) for d, g in enumerate(x.dims)
     ]
     return Held(value, tuple(found))
+
+
+@rule("expand_as")
+def _expand_as(tracer: Tracer, x: Held, other: Operand) -> Any:
+    return _expand(tracer, x, tracer.sizes(tracer.held(other)))
 
 
 @rule("select")
