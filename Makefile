@@ -9,11 +9,14 @@ STAMP := $(VENV)/.installed
 run: $(STAMP)  ## the feed, at http://127.0.0.1:8000
 	$(BIN)/broadsheet serve
 
+# A process for each core (eight at most), each with whole files of tests: fixtures of a file are made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
