@@ -35,7 +35,6 @@ from broadsheet.geometry.relative_representations.encoder import RelativeEncoder
 from broadsheet.geometry.relative_representations.layer import RelativeHead, RelativeLayer
 from broadsheet.geometry.relative_representations.model import AbsoluteModel, RelativeModel, latents_of
 from broadsheet.geometry.relative_representations.plots import latent_plot, reconstruction_plot
-from broadsheet.geometry.relative_representations.pooling import pooled
 from broadsheet.geometry.relative_representations.similarity import (
     SIMILARITIES,
     AnchorWarning,
@@ -51,6 +50,7 @@ from broadsheet.geometry.relative_representations.stitching import (
     stitching_matrix,
 )
 from broadsheet.geometry.relative_representations.words import SharedWords, shared_words
+from broadsheet.nn.pooling import pooled
 
 __all__ = [
     "SIMILARITIES",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.relative_representations.anchors import Anchors, n_samples, take_rows
 from broadsheet.geometry.relative_representations.layer import RelativeLayer
-from broadsheet.geometry.relative_representations.pooling import Pool, pooled
 from broadsheet.nn.hooks import evaluating
+from broadsheet.nn.pooling import Pool, pooled
 
 PASSES = ("auto", "one", "two")
 

@@ -14,8 +14,8 @@ from broadsheet.errors import CheckpointError, InvalidInput
 from broadsheet.geometry.relative_representations.anchors import Anchors
 from broadsheet.geometry.relative_representations.encoder import RelativeEncoder
 from broadsheet.geometry.relative_representations.layer import RelativeLayer
-from broadsheet.geometry.relative_representations.pooling import Pool
 from broadsheet.nn.checkpoint import load_tree, save_tree
+from broadsheet.nn.pooling import Pool
 
 CONFIG, WEIGHTS, ANCHORS = "relative.json", "model.safetensors", "anchors"
 
