@@ -159,3 +159,30 @@ def test_semi_nmf(sparsity, init, solver):
         close(there.features_, here.features_, atol=1e-6)
         close(there.coefficients_, here.coefficients_, atol=1e-6)
         close(there.transform(data.to(CUDA)), here.transform(data), atol=1e-4)
+
+
+@pytest.mark.parametrize("frame", [None, "centred", "whitened"])
+def test_relative_representations(frame):
+    from broadsheet.geometry import (
+        RelativeLayer,
+        RelativeModel,
+        bootstrap_anchors,
+        compare_spaces,
+        relative_projection,
+        select_anchors,
+        stitch,
+    )
+
+    z, rows = torch.randn(60, 8, generator=generator(0), dtype=torch.float64), torch.arange(0, 60, 5)
+    close(relative_projection(z.to(CUDA), z[rows].to(CUDA), frame=frame), relative_projection(z, z[rows], frame=frame))
+    here, there = (compare_spaces(x, x.flip(1), rows, frame=frame) for x in (z, z.to(CUDA)))
+    assert there.cosine == pytest.approx(here.cosine, abs=1e-9)
+    for method in ("fps", "kmeans"):
+        assert select_anchors(z.to(CUDA), 9, method).equal(select_anchors(z, 9, method))
+    here, there = (bootstrap_anchors(x, x.flip(1), rows[:6], rows[:6], 20, frame=frame) for x in (z, z.to(CUDA)))
+    assert here.left.equal(there.left)
+    with seeded(0):
+        encoder, head = torch.nn.Linear(8, 6).double(), torch.nn.Linear(12, 3).double()
+        model = RelativeModel(encoder, head, z[rows], RelativeLayer(12, frame=frame).double()).eval()
+    here = stitch(model, model)(z)
+    close(stitch(model.to(CUDA), model)(z.to(CUDA)), here)

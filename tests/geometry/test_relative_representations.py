@@ -287,6 +287,11 @@ def test_centroids_have_an_anchor_each():
     centres = 10 * torch.eye(6).double()
     z = centres.repeat_interleave(20, 0) + 0.1 * randn(120, 6)
     assert sorted((select_anchors(z, 6, "kmeans") // 20).tolist()) == list(range(6))
+    chosen = select_anchors(z, 6, "kmeans")
+    unit = z / z.norm(dim=1, keepdim=True)
+    middle = unit.reshape(6, 20, 6).mean(1)
+    away = (unit.reshape(6, 20, 6) - middle[:, None]).norm(dim=2)
+    assert chosen.tolist() == (away.argmin(1) + 20 * torch.arange(6)).tolist()
     copies = torch.ones(9, 3).double()  # clusters stay empty
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1017,6 +1022,15 @@ def test_anchors_grow_from_a_few():
     assert hits[0] > hits[1] + 0.05  # turns help where seeds are few
     wrong = bootstrap_anchors(z, right, seeds, order[seeds].roll(1), 100)  # wrong seeds lead nowhere
     assert float((order[wrong.left] == wrong.right).double().mean()) < 0.3
+
+
+def test_samples_near_everything_take_no_partners():
+    z, q = randn(300, 12) + 2 * randn(1, 12, seed=5), rotation(12)
+    hubs = (z.mean(0) + 0.3 * randn(40, 12, seed=2)) @ q
+    right = torch.cat([z @ q + 0.5 * randn(300, 12, seed=1), hubs])
+    seeds = select_anchors(z, 8)
+    found = bootstrap_anchors(z, right, seeds, seeds, 150)
+    assert int((found.left == found.right).sum()) > 140  # 126 where hubs are not corrected for
 
 
 @pytest.mark.parametrize(
