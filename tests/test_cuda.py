@@ -186,3 +186,38 @@ def test_relative_representations(frame):
         model = RelativeModel(encoder, head, z[rows], RelativeLayer(12, frame=frame).double()).eval()
     here = stitch(model, model)(z)
     close(stitch(model.to(CUDA), model)(z.to(CUDA)), here)
+
+
+def test_convergent_learning():
+    from broadsheet.geometry import (
+        convergence_report,
+        hierarchical_unit_clusters,
+        sparse_path,
+        spectral_unit_clusters,
+        subspace_overlap,
+        unit_mutual_information,
+    )
+    from broadsheet.nn.small_classifiers import small_cnn
+
+    images = torch.rand(120, 1, 8, 8, generator=generator(0), dtype=torch.float64)
+    here, there = (
+        convergence_report(
+            [small_cnn((6, 8), 12, seed=i).double().to(device) for i in range(3)], ["conv2", "fc"],
+            list(images.to(device).split(40)), null=("shuffled",), exemplars=3,
+        )
+        for device in ("cpu", CUDA)
+    )  # fmt: skip
+    for a, b in zip(here, there, strict=True):
+        for mode in ("bipartite", "semi"):
+            close(b.match(0, 2, mode).score.nan_to_num(), a.match(0, 2, mode).score.nan_to_num())
+        close(b.chosen.stacked().correlation, a.chosen.stacked().correlation)
+        close(b.match(null="shuffled").score.nan_to_num(), a.match(null="shuffled").score.nan_to_num())
+        assert [top.ids.tolist() for top in b.top] == [top.ids.tolist() for top in a.top]
+    a, b = here["conv2"].chosen, there["conv2"].chosen
+    for one, other in zip(sparse_path(a, points=4).maps, sparse_path(b, points=4).maps, strict=True):
+        close(other.weight, one.weight, atol=1e-7)
+    assert subspace_overlap(b).mean == pytest.approx(subspace_overlap(a).mean, abs=1e-8)
+    assert spectral_unit_clusters(b, 4).labels.device.type == CUDA
+    assert len(hierarchical_unit_clusters(b, 4).order) == len(hierarchical_unit_clusters(a, 4).order)
+    x, y = images.flatten(1)[:, :9], images.flatten(1)[:, 9:15]
+    close(unit_mutual_information(x.to(CUDA), y.to(CUDA)), unit_mutual_information(x, y))
