@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
+from broadsheet.geometry.convergent_learning import match_units
 from broadsheet.geometry.diffusion_spectral_entropy import (
     BandwidthWarning,
     diffusion_spectral_entropy,
@@ -27,7 +28,6 @@ from broadsheet.geometry.neural_collapse.theory import Decay
 from broadsheet.nn.alignment import linear_cka
 from broadsheet.nn.batches import ModelInputs, class_labels, model_inputs, unit_samples
 from broadsheet.nn.hooks import Site, capture, evaluating
-from broadsheet.nn.matching import best_pairs
 from broadsheet.nn.moments import ClassMoments, PairMoments
 from broadsheet.nn.pooling import Pool, pooled
 from broadsheet.nn.seeding import generator, seeded
@@ -421,15 +421,10 @@ def _convergence(pair: PairMoments) -> dict[str, float]:
 
     Signed correlations, the best assignment of units, dead ones left out (arXiv:1511.07543, section 3).
     """
-    found = pair.correlation()
-    assert found.xy is not None
-    assert found.dead_y is not None
-    table = found.xy[~found.dead_x][:, ~found.dead_y]
-    if table.numel() == 0:
+    matching = match_units(pair)
+    if len(matching.matched) == 0:
         return {"matched_correlation": math.nan, "cka": math.nan}
-    columns = best_pairs(table)
-    matched = (columns >= 0).nonzero().flatten()
-    return {"matched_correlation": float(table[matched, columns[matched]].mean()), "cka": linear_cka(pair)}
+    return {"matched_correlation": matching.mean, "cka": linear_cka(pair)}
 
 
 def device_of(model: nn.Module) -> torch.device:
