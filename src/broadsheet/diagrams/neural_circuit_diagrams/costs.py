@@ -101,7 +101,12 @@ def _number(value: Expr) -> Any:
 
 
 def cost(diagram: Diagram, bytes_per_element: int = 4) -> Cost:
-    """Read the cost off a diagram, column by column."""
+    """Read the cost off a diagram, column by column.
+
+    Args:
+        diagram: whatever its axes' sizes, numbers or symbols.
+        bytes_per_element: of memory; 2 for half precision.
+    """
     placed = columns(diagram)
     held = live(diagram, placed)
     per_step = tuple(_madds(diagram, i, False) for i in range(len(diagram.steps)))

@@ -55,6 +55,10 @@ class BackwardPair:
     def run(self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Any, tuple, dict[str, Tensor]]:
         """Forward, then backward.
 
+        Args:
+            inputs: of the forward diagram.
+            cotangents: gradients of a number by each output, in its shape.
+
         Returns:
             the outputs, cotangents of the inputs numbered ``self.inputs``, and gradients of the weights by name.
         """

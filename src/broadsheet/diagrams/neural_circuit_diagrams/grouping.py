@@ -44,7 +44,13 @@ class Block(Generator):
 
 
 def grouped(diagram: Diagram, depth: int, collapse: bool = True) -> Diagram:
-    """Steps of the same submodule at a depth as one box; boxes of equal content in a row as one with their number."""
+    """Steps of the same submodule at a depth as one box; boxes of equal content in a row as one with their number.
+
+    Args:
+        diagram: traced from a module, so that steps know where they come from.
+        depth: levels of submodules that stay open; 0 for the module as one box.
+        collapse: False leaves every repetition standing.
+    """
     keys = [".".join(step.path.split(".")[:depth]) if depth else "" for step in diagram.steps]
     # Module lists are levels without a module of their own: a number belongs to the name before it.
     for i, step in enumerate(diagram.steps):

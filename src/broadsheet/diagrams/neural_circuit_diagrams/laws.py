@@ -70,7 +70,15 @@ def why_not(first: Step, second: Step) -> str | None:
 
 
 def commute(diagram: Diagram, step: int) -> Diagram:
-    """Exchange step number ``step`` with the one that uses its output."""
+    """Exchange two steps in a row on one array.
+
+    Args:
+        diagram: what to rewrite.
+        step: number of the first; the second is the one that uses its output.
+
+    Raises:
+        IllegalRewrite: they are not in a row, or do not commute.
+    """
     first, second, later, axes = _in_a_row(diagram, step)
     if any(len(side) != 1 for s in (first, second) for side in (s.ins, s.outs)):
         raise IllegalRewrite(f"step {step}: expected two steps in a row with one array in and one out each")
@@ -91,7 +99,15 @@ def commute(diagram: Diagram, step: int) -> Diagram:
 
 
 def slide(diagram: Diagram, step: int) -> Diagram:
-    """Let a linear step after the outer product number ``step`` come first, on the one factor that it touches."""
+    """Let a linear step that follows an outer product come first, on the one factor that it touches.
+
+    Args:
+        diagram: what to rewrite.
+        step: number of the outer product.
+
+    Raises:
+        IllegalRewrite: no outer product, or a step behind it that is not linear or touches several factors.
+    """
     first, second, later, axes = _in_a_row(diagram, step)
     rows = first.at.ins
     together = [c for row in rows for c in row]
@@ -261,7 +277,12 @@ def rewrite(diagram: Diagram, law: str, check: bool = True, seed: int = 0, **opt
 
 
 def difference(one: Diagram, other: Diagram, seed: int = 0) -> float:
-    """The largest relative difference of two diagrams' outputs on the same random inputs and weights."""
+    """The largest relative difference of two diagrams' outputs on the same random inputs and weights.
+
+    Args:
+        one, other: of the same inputs; float64 is used.
+        seed: of the random numbers.
+    """
     inputs, weights = random_inputs(one, seed)
     weights = {**random_weights(other, seed, weights), **weights}
     first, second = one.run(*inputs, weights=weights), other.run(*inputs, weights=weights)
