@@ -1060,6 +1060,7 @@ TOPICS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_real_minilm_under_a_head_that_never_saw_it():
     from broadsheet.nn.minilm import load_minilm, minilm_folder
 
