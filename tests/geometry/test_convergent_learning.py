@@ -642,9 +642,10 @@ def test_every_family_of_transformers(family):
         name for name, module in models[0].named_modules() if isinstance(module, nn.LayerNorm) or "norm" in name.lower()
     )
     inputs = [tiny_inputs(family, seed=seed) for seed in range(8)]
-    report = convergence_report(models, name, inputs, within=False)
+    null = ("untrained",) if family in ("gpt2", "bert", "vit") else ()  # models of a configuration: tests/nn has more
+    report = convergence_report(models, name, inputs, null=null, within=False, exemplars=0)
     assert report[name].match().mean == pytest.approx(1, abs=1e-9)
-    assert report[name].match(null="untrained").mean < 0.999
+    assert not null or report[name].match(null="untrained").mean < 0.999
     assert "canonical" not in report.to_frame()
 
 
