@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 run: $(STAMP)  ## the feed, at http://127.0.0.1:8000
 	$(BIN)/broadsheet serve
 
-# A process for each core (eight at most), each with whole files of tests: fixtures of a file are made once.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+# A process for each core (eight at most), each which takes over what another has left to do.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test: $(STAMP)  ## the fast tests
 	$(PYTEST) -m "not slow"
