@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import smtplib
 import socket
 import ssl
 import subprocess
@@ -409,6 +410,26 @@ def test_a_rowless_claim_is_sent_by_one(stocked, settings, mailbox):
         thread.join()
     addresses = sorted(to for to, _ in mailbox.letters)
     assert addresses == sorted({f"a{n}@example.org" for n in range(12)})
+
+
+def test_a_letter_that_another_has_claimed_is_dropped_without_a_goodbye(stocked, settings, mailbox, monkeypatch):
+    """The server is inside the letter by then: it would take QUIT for its text and leave us waiting for an answer."""
+    confirmed(stocked, settings, "ann@example.org")
+    said = []
+    monkeypatch.setattr(smtplib.SMTP, "quit", lambda server: said.append("quit") or server.close())
+    mailer = Mailer(settings.mail_url, "a@example.org")
+    before, calls = mailer.send, []
+
+    def overtaken(letter, before_data):
+        calls.append(letter.to)
+        if len(calls) == 1:  # another sender claims it at the last moment, and sends it
+            before_data()
+        before(letter, before_data)
+
+    monkeypatch.setattr(mailer, "send", overtaken)
+    outbox.deliver(stocked, settings, mailer=mailer)
+    assert (calls, said, mailbox.letters) == (["ann@example.org"], [], [])
+    assert mailer._connection is None
 
 
 def test_a_connection_that_breaks_on_the_content_leaves_the_row_in_doubt(stocked, settings):

@@ -143,7 +143,7 @@ class Mailer:
             server.send(smtplib._quote_periods(body) + (b"" if body.endswith(b"\r\n") else b"\r\n") + b".\r\n")  # pyright: ignore[reportAttributeAccessIssue]
             self._expect(server.getreply(), 250)
         except (OSError, smtplib.SMTPException) as error:
-            self.close()
+            self.hang_up()
             kind = Uncertain if handed_over else TryLater
             raise kind(f"{self.host}: {error}") from error
         except (Refused, TryLater):
@@ -207,3 +207,9 @@ class Mailer:
         except (OSError, smtplib.SMTPException):
             self._connection.close()
         self._connection = None
+
+    def hang_up(self) -> None:
+        """Drop the connection without a word: inside a letter a goodbye would be read as text, and not answered."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

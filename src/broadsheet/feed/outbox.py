@@ -149,7 +149,7 @@ def _send(
             post(settings, row.address, row.content)
     except _Taken:
         if mailer is not None:
-            mailer.close()  # the server still waits for the content: hang up without it
+            mailer.hang_up()  # the server still waits for the content
         return None
     except Unreachable:
         raise
