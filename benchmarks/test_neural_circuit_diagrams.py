@@ -49,12 +49,12 @@ def test_torchview(benchmark: Any, depth: int) -> None:
 def test_torchlens(benchmark: Any, depth: int) -> None:
     torchlens = pytest.importorskip("torchlens", reason="the peer torchlens is not installed")
     model, x = setting(depth)
-    benchmark.pedantic(lambda: torchlens.log_forward_pass(model, x), rounds=2, warmup_rounds=1)
+    benchmark.pedantic(lambda: torchlens.trace(model, x), rounds=2, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group="neural-circuit-diagrams: drawing to program")
 @DEPTHS
-def test_reading_back(benchmark: Any, depth: int) -> None:
+def test_ours_reading_back(benchmark: Any, depth: int) -> None:
     model, x = setting(depth)
     made = traced(model, x)
     svg = made.svg()

@@ -33,7 +33,7 @@ def class_by_class(h, labels, weight):
     within /= len(h)
     between = (means - centre).T @ (means - centre) / k
     nc1 = float((within @ torch.linalg.pinv(between)).trace() / k)
-    frame = (torch.eye(k) - 1 / k).double()
+    frame = torch.eye(k, dtype=torch.float64) - 1 / k
     gram = weight.double() @ weight.double().T
     return nc1, float((gram / gram.norm() - frame / frame.norm()).norm())
 

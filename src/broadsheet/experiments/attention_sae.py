@@ -578,7 +578,7 @@ def _draw_prefix(records: list[dict]) -> Plate:
         best = tuple(np.unravel_index(table.max(-1).argmax(), table.shape[:2]))
         for layer, head in np.ndindex(*table.shape[:2]):
             if (layer, head) == best:
-                ax.plot(lengths, table[layer, head], "o-", ms=4, label=f"seed {i}: head {layer}.{head}", zorder=3)
+                ax.plot(lengths, table[layer, head], "o-", ms=4, label=f"model {i + 1}: head {layer}.{head}", zorder=3)
             else:
                 ax.plot(lengths, table[layer, head], color=COLOURS["light"], lw=0.7, zorder=1)
     ax.set_ylim(-0.02, 1.02)
