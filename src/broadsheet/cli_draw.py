@@ -11,7 +11,10 @@ def draw(
     out: Annotated[Path, typer.Option(help="The file to write: .svg, .pdf or .png.")] = Path("diagram.svg"),
     inputs: Annotated[
         str | None,
-        typer.Option(help="Shapes, such as 2,3,32,32 or, for several, 2,5:int;2,5,16. Otherwise example_inputs."),
+        typer.Option(
+            help="Shapes, such as 2,3,32,32 or, for several, 2,5:int;2,5,16. Otherwise example_inputs of the file or of"
+            " the model, or else shapes that its first layer reads."
+        ),
     ] = None,
     axis_names: Annotated[str | None, typer.Option(help="Names of the axes of each input: 'b c y x; b m'.")] = None,
     depth: Annotated[int | None, typer.Option(help="How deep to go into submodules; all the way by default.")] = None,
@@ -67,9 +70,16 @@ def _examples(what: str, model: Any, given: Any) -> Any:
     from broadsheet.errors import InvalidInput
 
     given = getattr(model, "example_inputs", given)
-    if given is None:
+    if given is not None:
+        return given() if callable(given) else given
+    from broadsheet.diagrams.neural_circuit_diagrams.guess import guess_inputs
+
+    guessed = guess_inputs(model)
+    if guessed is None:
         raise InvalidInput(f"{what}: give --inputs with shapes, or put example_inputs beside the model")
-    return given() if callable(given) else given
+    shapes = ";".join(",".join(map(str, x.shape)) + ("" if x.is_floating_point() else ":int") for x in guessed)
+    typer.echo(f"No inputs were given: drawn for --inputs {shapes!r}, with which the model runs.", err=True)
+    return guessed
 
 
 def _shaped(text: str) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from broadsheet.diagrams import neural_circuit_diagrams as ncd
 from broadsheet.diagrams.neural_circuit_diagrams.drawing import axis_names, scene
 from broadsheet.diagrams.neural_circuit_diagrams.grouping import Block
+from broadsheet.diagrams.neural_circuit_diagrams.guess import guess_inputs
 from broadsheet.diagrams.neural_circuit_diagrams.layout import GAP, PITCH, plan, slots, tidied
 from broadsheet.diagrams.neural_circuit_diagrams.read import NEAR
 from broadsheet.diagrams.neural_circuit_diagrams.zoo import zoo
@@ -253,7 +254,54 @@ def test_the_command_draws_a_module_of_the_users(tmp_path):
         app, ["draw", f"{file}:make", "--out", str(out), "--inputs", "2,7,5", "--axis-names", "b t m"]
     )
     assert done.exit_code == 0 and "[b=2 t=7 m=5]" in done.output
+    file.write_text(file.read_text().partition("example_inputs")[0])
+    done = CliRunner().invoke(app, ["draw", f"{file}:Model", "--out", str(out)])
+    assert done.exit_code == 0 and "drawn for --inputs '2,4'" in done.output
     done = CliRunner().invoke(app, ["draw", f"{file}:nothing", "--out", str(out)])
     assert done.exit_code == 2 and "it has Model, make" in done.output
     done = CliRunner().invoke(app, ["draw", f"{file}:make", "--inputs", "2,x"])
     assert done.exit_code == 2 and "expected sizes" in done.output
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(9, 6), nn.Parameter(torch.zeros(5, 6))
+        self.layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+
+    def forward(self, ids):
+        return self.layer(self.embed(ids) + self.positions)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(7, 3)
+
+    def forward(self, x, y, scale=2.0):
+        return self.f(x + y) * scale
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (nn.Sequential(nn.Linear(4, 3), nn.ReLU()), [(2, 4)]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [(2, 64)]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 2)), [(2, 3, 28, 28)]),
+        (nn.Conv1d(2, 4, 3), [(2, 2, 32)]),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [(2, 5, 8)]),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)), [(2, 3, 32, 32)]),
+        (Tokens(), [(2, 5)]),
+        (Pair(), [(2, 7), (2, 7)]),
+        (nn.ReLU(), None),
+        (nn.Bilinear(3, 4, 2), None),
+    ],
+)
+def test_inputs_are_guessed_from_the_first_layer(model, shapes):
+    model.train()
+    found = guess_inputs(model)
+    assert (found if found is None else [tuple(x.shape) for x in found]) == shapes
+    assert model.training
+    if found is not None:
+        with torch.no_grad():
+            torch.testing.assert_close(ncd.diagram(model.eval(), found).run(*found), model(*found))
