@@ -554,6 +554,36 @@ def test_on_either_database(database, tmp_path):
     assert set(ids(index.search("circuits", since=date(2024, 6, 1), mode="words"))) == {"x-abc"}
 
 
+def test_made_anew_it_holds_no_vectors_of_papers_that_are_gone(store, tmp_path):
+    fill(store, made(60))
+    index = SearchIndex(tmp_path / "index", store, Hashed())
+    index.update()
+    with store.write() as session:  # what the index has not seen
+        for paper in session.query(Paper).order_by(Paper.id).limit(40):
+            session.delete(paper)
+    index.rebuild()
+    page = index.search("w0 w3", mode="meaning", limit=200)
+    assert len(index) == len(page.hits) == page.total == 20
+
+
+def test_vectors_whose_words_are_gone_are_forgotten(store, tmp_path):
+    """A writer that died after it had taken the words away."""
+    fill(store, made(60))
+    index = SearchIndex(tmp_path / "index", store, Hashed())
+    index.update()
+    with store.write() as session:
+        gone = [paper.id for paper in session.query(Paper).order_by(Paper.id).limit(40)]
+        session.query(Paper).filter(Paper.id.in_(gone)).delete()
+    generation = index._current()
+    drop, generation.vectors.drop = generation.vectors.drop, lambda keys: None
+    index.update()
+    generation.vectors.drop = drop
+    assert len(generation.vectors.view()) == 60
+    index.update()
+    page = index.search("w0 w3", mode="meaning", limit=200)
+    assert len(index) == len(page.hits) == page.total == len(generation.vectors.view()) == 20
+
+
 def test_changes_and_deletions_are_taken_in_and_nothing_else(index, store, tmp_path):
     assert str(index.update()) == "0 papers taken in, 0 removed, 0 vectors made"
     encoder = index._own_queries.encoder

@@ -14,6 +14,7 @@ from broadsheet.feed.database import Database
 from broadsheet.feed.models import Account, Run, now
 from broadsheet.feed.settings import Settings
 from broadsheet.web import runs
+from broadsheet.web.app import fill
 
 OPERATOR = Account(id=None, name="local", role="operator")
 
@@ -296,7 +297,8 @@ def events_of(stream):
 @pytest.mark.slow
 def test_the_page_starts_a_run_and_streams_it(kite, serve, tmp_path):
     kite.write_text("fly")
-    with serve(tmp_path / "home") as (browser, _):
+    with serve(tmp_path / "home") as (browser, site):
+        fill(site)  # the home is a copy of one that was stocked before there were kites
         page = browser.get("/papers/kite", follow_redirects=True)
         assert "A Kite" in page.text
         answer = browser.form("/papers/2401.09999", "/papers/2401.09999/run", preset="small", seeds="1", device="cpu")

@@ -327,7 +327,19 @@ class SearchIndex:
             for some in _in_parts(missing, _AT_ONCE):
                 changes.put(self._papers(Paper.id.in_(some)))
             changes.commit()
+        self._drop_strays(generation, everything)
         return IndexReport(papers=len(fresh) + len(missing), removed=len(gone)), [*fresh, *missing]
+
+    def _drop_strays(self, generation: _Generation, everything: bool) -> None:
+        """Forget vectors of papers that have no words: they were taken over, or a writer died between the two.
+
+        Looked for in all that is made anew, else only where there are more vectors than papers: they would take the
+        places of papers that are there.
+        """
+        searcher, rows = generation.words.searcher(), generation.vectors.view().rows
+        if everything or len(rows.keys) > searcher.num_docs:
+            held = np.array(generation.words.all_keys(searcher), dtype=np.uint64)
+            generation.vectors.drop(np.setdiff1d(rows.keys, held))
 
     def _differences(self, generation: _Generation) -> tuple[list[int], list[str]]:
         """Keys that the store no longer has, and ids that the index should have and has not.
