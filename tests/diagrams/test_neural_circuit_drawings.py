@@ -112,6 +112,26 @@ def test_a_wire_that_is_moved_is_another_program():
     assert torch.equal(ncd.read_svg(straight).run(x), x)
 
 
+def test_a_multi_axis_is_a_double_wire_with_a_bold_name():
+    batch, x, y = ncd.axes("*b x y", b=6, x=4, y=3)
+    made = ncd.wires("b x", {"b": batch, "x": x}) >> ncd.linear("x -> y", "F", sizes={"x": x, "y": y})
+    svg = made.svg()
+    root = ElementTree.fromstring(svg)
+    paths = [
+        (p.get("class"), p.get("stroke"), float(p.get("stroke-width", 0)), p.get("d"))
+        for p in root.iter()
+        if p.get("d")
+    ]
+    thick = [d for kind, _, width, d in paths if kind == "wire" and width > 4]
+    inside = [d for kind, stroke, width, d in paths if (kind, stroke) == ("between", "white")]
+    assert made.codomain[0][0].kind == (made >> ncd.softmax("b")).codomain[0][0].kind == "multi"
+    assert len(thick) == 1 and inside == thick  # all along the one wire of b, and nowhere else
+    bold = {t.text for t in root.iter("{http://www.w3.org/2000/svg}tspan") if t.get("font-weight") == "bold"}
+    assert "b" in bold and "x" not in bold
+    again = ncd.read_svg(bare(svg), made.weights)
+    assert again.equals(tidied(made)[0]) and next(iter(again.values.values()))[0].kind == "multi"
+
+
 def overlap(a, b, slack=0.6):
     return min(a[2], b[2]) - max(a[0], b[0]) > slack and min(a[3], b[3]) - max(a[1], b[1]) > slack
 

@@ -69,7 +69,7 @@ class Diagram:
         weights: Mapping[str, Tensor] | None = None,
         notes: Mapping[int, str] | None = None,
     ) -> Diagram:
-        """A diagram with sizes of axes that are the same filled in, and checked.
+        """A diagram with sizes and kinds of axes that are the same filled in, and checked.
 
         Raises:
             InvalidInput: a value made or used twice, or two sizes for one axis.
@@ -79,11 +79,16 @@ class Diagram:
         if sorted(made) != sorted(used) or len(set(made)) != len(made):
             raise InvalidInput("every value of a diagram must be made once and used once: copy or discard it")
         size: dict[str, int] = {}
+        kind: dict[str, str] = {}
         for value in made:
             for axis in values[value]:
+                if axis.kind != "plain":
+                    kind.setdefault(axis.id, axis.kind)
                 if axis.size is not None and size.setdefault(axis.id, axis.size) != axis.size:
                     raise InvalidInput(f"axis {axis.name!r} has the sizes {size[axis.id]} and {axis.size}: rename one")
-        filled = {v: tuple(replace(a, size=size.get(a.id)) for a in values[v]) for v in made}
+        filled = {
+            v: tuple(replace(a, size=size.get(a.id), kind=kind.get(a.id, "plain")) for a in values[v]) for v in made
+        }
         return Diagram(filled, tuple(steps), tuple(inputs), tuple(outputs), dict(weights or {}), dict(notes or {}))
 
     # ------------------------------------------------------------------------------------------------------- types

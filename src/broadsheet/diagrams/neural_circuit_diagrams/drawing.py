@@ -184,7 +184,10 @@ def _row(made, diagram, layout, labels, types, steps, first, last, top, r, n_row
             wide = max(wide, _carry_width(diagram, layout, names, t))
         spans.append((x, x + wide))
         x += wide + (steps[t] if t < last else 0.0)
-    pen = Pen(made)
+    several = [
+        (value, i) for value, array in diagram.values.items() for i, axis in enumerate(array) if axis.kind == "multi"
+    ]
+    pen = Pen(made, frozenset(_data(diagram, slot) for slot in several))
     for t in range(first, last + 1):
         x0, x1 = spans[t - first]
         at = {slot: y + shift for slot, y in layout.heights[t].items()}

@@ -76,7 +76,7 @@ def _path(ax: Axes, part: Path, points: float | int, order: int) -> None:
     width = part.width * points
     style = (0, tuple(float(n) * points / max(width, 1e-6) for n in part.dash.split())) if part.dash else "-"
     patch = PathPatch(
-        Curve(vertices, codes), facecolor=part.fill, edgecolor="black" if part.width else "none",
+        Curve(vertices, codes), facecolor=part.fill, edgecolor=part.stroke if part.width else "none",
         linewidth=width, linestyle=style, zorder=order, capstyle="butt", fill=part.fill != "none",
     )  # fmt: skip
     ax.add_patch(patch)

@@ -28,10 +28,15 @@ Point = tuple[float | int, float | int]
 
 
 class Pen:
-    """Collects wires: pieces that touch end to end become one path."""
+    """Collects wires: pieces that touch end to end become one path, which is double for a multi axis.
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
+    Args:
+        scene: where they go.
+        multi: marks of the wires that stand for several axes.
+    """
+
+    def __init__(self, scene: Scene, multi: frozenset[str] = frozenset()) -> None:
+        self.scene, self.multi = scene, multi
         self.chains: list[tuple[list[tuple], Point, str, str]] = []
 
     def piece(self, start: Point, commands: list[tuple], end: Point, data: str = "", kind: str = "wire") -> None:
@@ -76,7 +81,11 @@ class Pen:
             elif "scalar" in kind:
                 self.scene.wires.append(Path(tuple(commands), kind, data=data, dash="1 3", width=1.2))
             else:
-                self.scene.wires.append(Path(tuple(commands), kind, data=data))
+                double = data in self.multi
+                self.scene.wires.append(Path(tuple(commands), kind, data=data, width=4.4 if double else 1.4))
+        for commands, data, kind in joined:
+            if data in self.multi and kind != "dash":
+                self.scene.wires.append(Path(tuple(commands), "between", width=1.8, stroke="white"))
 
 
 # --------------------------------------------------------------------------------------------------------- what is said

@@ -86,12 +86,13 @@ class Path:
     data: str = ""
     dash: str = ""
     width: float | int = 1.4
+    stroke: str = "black"
 
     def svg(self) -> str:
         """The element."""
         d = " ".join(" ".join([c[0], *map(number, c[1:])]) for c in self.commands)
         dash = f' stroke-dasharray="{self.dash}"' if self.dash else ""
-        stroke = f' stroke="black" stroke-width="{number(self.width)}"' if self.width else ""
+        stroke = f' stroke="{self.stroke}" stroke-width="{number(self.width)}"' if self.width else ""
         return f'<path class="{self.kind}"{self.data} d="{d}" fill="{self.fill}"{stroke}{dash}/>'
 
     @property
