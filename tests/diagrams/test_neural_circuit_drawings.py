@@ -17,6 +17,7 @@ from broadsheet.diagrams.neural_circuit_diagrams.read import NEAR
 from broadsheet.diagrams.neural_circuit_diagrams.zoo import zoo
 from broadsheet.errors import InvalidInput
 from broadsheet.experiments.neural_circuit_diagrams import architectures
+from broadsheet.geometry.relative_representations import RelativeLayer, RelativeModel
 
 pytest.importorskip("transformers")
 ZOO = zoo(0)
@@ -74,6 +75,18 @@ def test_architectures_of_other_papers_are_drawn_without_boxes(name):
         rebuilt = ncd.read_svg(bare(drawing.svg(width=900.0)), drawing.weights)
         torch.testing.assert_close(rebuilt.run(*inputs), model(*inputs))
     assert ncd.opaque_share(drawing) == 0 and caption
+
+
+def test_the_classifier_that_is_drawn_is_the_one_of_the_library():
+    drawn_one, (x, anchors), _ = architectures()["relative-classifier"]
+    x, anchors = (
+        torch.randn(part.shape, generator=torch.Generator().manual_seed(i)) for i, part in enumerate((x, anchors))
+    )
+    layer = RelativeLayer(len(anchors))
+    layer.norm = drawn_one.norm
+    with torch.no_grad():
+        theirs = RelativeModel(drawn_one.encoder, drawn_one.head, anchors, layer).eval()(x)
+        torch.testing.assert_close(drawn_one(x, anchors), theirs)
 
 
 def bare(svg):

@@ -58,8 +58,9 @@ def cifar(tmp_path):
 def full(folder, monkeypatch):
     for name, value in TINY.items():
         monkeypatch.setattr(convergent_learning, name, value)
-    sizes = {"networks": 2, "channels": (4, 5, 5), "hidden": 6, "epochs": 1, "lr": 1e-3}
-    monkeypatch.setattr(convergent_learning, "CIFAR", sizes)
+    monkeypatch.setattr(convergent_learning, "CIFAR", {"networks": 2, "epochs": 1, "lr": 1e-3})
+    smaller = {"channels": (4, 5, 5), "hidden": 6, "halve": (1, 2, 3)}
+    monkeypatch.setattr(convergent_learning, "CIFAR_NETWORK", convergent_learning.CIFAR_NETWORK | smaller)
     context = Context.for_tests("convergent-learning", 0, folder, "full")
     record = convergent_learning.run(context)
     assert not context.missing()

@@ -701,7 +701,7 @@ def test_what_cannot_be_compared():
     with pytest.warns(ConvergentLearningWarning, match="nothing can be shuffled"):
         convergence_report(models, "fc", batches(x[:4], 1), null=("shuffled",), held_out=False)
     with pytest.raises(InvalidInput, match="samples \\(positions included\\)"):
-        convergence_report([small_cnn((4, 4), 4), small_cnn((4,), 4)], [("pool", "conv1")], batches(x), null=())
+        convergence_report([small_cnn((4, 4), 4), small_cnn((4,), 4)], [("pool2", "conv1")], batches(x), null=())
 
 
 def test_figures_show_what_they_say():

@@ -17,6 +17,7 @@ from broadsheet.geometry.diffusion_spectral_entropy import (
     diffusion_spectral_entropy,
     diffusion_spectral_mutual_information,
 )
+from broadsheet.geometry.diffusion_spectral_entropy.information import reference_clusters
 from broadsheet.geometry.neural_collapse import collapse_metrics, collapse_report
 from broadsheet.nn.small_classifiers import mlp, small_cnn
 from broadsheet.nn.training import fit
@@ -58,7 +59,9 @@ def test_numbers_are_those_of_the_methods_on_whole_matrices():
             assert found["dse"] == pytest.approx(float(diffusion_spectral_entropy(h[kept].double().numpy(), 2.0)))
             known = diffusion_spectral_mutual_information(h[kept].double().numpy(), y[kept].numpy(), sigma=2.0)
             assert found["dsmi_labels"] == pytest.approx(float(known))
-            assert math.isfinite(found["dsmi_inputs"])
+            clusters = reference_clusters(x[kept].double().numpy(), False, 4, 0)
+            known = diffusion_spectral_mutual_information(h[kept].double().numpy(), None, clusters=clusters, sigma=2.0)
+            assert found["dsmi_inputs"] == pytest.approx(float(known))
             metrics = collapse_metrics(h, y)
             assert found["nc1"] == pytest.approx(metrics.nc1, rel=1e-6)
             table = np.corrcoef(h.double().T.numpy(), g.double().T.numpy())[: h.shape[1], h.shape[1] :]
@@ -160,6 +163,19 @@ def test_a_bandwidth_that_sees_nothing_is_said_once_for_each_layer():
     assert [str(one.message).split(":")[0] for one in said] == ["'1'", "'4'"]
 
 
+def test_an_output_that_is_no_class_has_no_accuracy():
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.f(x)[:, None]
+
+    (look,) = TrainingMicroscope(Maps(), loader(), ["f"], entropy=False).look()
+    assert math.isnan(look.values["accuracy"])
+
+
 def test_memory_does_not_grow_with_the_samples():
     model = mlp([6, 20, 3])
     scope = TrainingMicroscope(model, loader(3000, 100), ["1"], reference=mlp([6, 20, 3], seed=1), max_points=25)
@@ -210,6 +226,11 @@ def test_bad_settings_and_loaders():
         TrainingMicroscope(model, loader())
     with pytest.raises(InvalidInput, match="max_points=1"):
         TrainingMicroscope(model, loader(), ["1"], max_points=1)
+    with pytest.raises(InvalidInput, match="entropy=False"):
+        TrainingMicroscope(model, loader(), ["1"], entropy=False, input_clusters=4)
+    half = [*loader(), loader()[0][0]]
+    with pytest.raises(InvalidInput, match="90 of 107 samples have a label"):
+        TrainingMicroscope(model, half, ["1"], entropy=False).look()
     with pytest.raises(InvalidInput, match="no batches"):
         TrainingMicroscope(model, [], ["1"], entropy=False).look()
     with pytest.raises(InvalidInput, match="no labels"):

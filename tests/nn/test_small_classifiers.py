@@ -33,7 +33,24 @@ def test_the_network_learns_and_is_the_same_for_the_same_seed():
     assert accuracy(models[0], digits.x_test, digits.y_test) > 0.85
     assert torch.equal(models[0](digits.x_test), models[1](digits.x_test))
     assert not models[0].training
-    assert [name for name, _ in models[0].named_children()] == ["conv1", "conv2", "pool", "conv3", "flat", "fc", "head"]
+    assert [name for name, _ in models[0].named_children()] == [
+        "conv1",
+        "conv2",
+        "pool2",
+        "conv3",
+        "flat",
+        "fc",
+        "head",
+    ]
+
+
+def test_a_network_for_colours_with_norms_that_is_halved_where_asked():
+    model = small_cnn((4, 6, 8), 10, 5, size=32, in_channels=3, halve=(1, 3), norm=True)
+    names = [name for name, _ in model.named_children()]
+    assert names == ["conv1", "pool1", "conv2", "conv3", "pool3", "flat", "fc", "head"]
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 3
+    assert model.fc[0].in_features == 8 * 8 * 8
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
 
 
 def test_dense_layers():

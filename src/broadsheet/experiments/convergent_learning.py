@@ -39,7 +39,7 @@ from broadsheet.nn.batches import unit_samples
 from broadsheet.nn.hooks import capture, replace
 from broadsheet.nn.lasso import LassoWarning
 from broadsheet.nn.plotting import COLOURS, CYCLE, DIVERGING, band, new_figure, style
-from broadsheet.nn.seeding import generator, seeded
+from broadsheet.nn.seeding import generator
 from broadsheet.nn.small_classifiers import accuracy, small_cnn, train_classifier
 from broadsheet.nn.untrained import untrained_copy
 
@@ -47,7 +47,11 @@ DIGITS: dict[str, Any] = {
     "networks": 3, "channels": (32, 48, 64), "hidden": 64, "epochs": 7, "batch_size": 64, "lr": 2e-3, "n_test": 497,
     "n_choose": 800,
 }  # fmt: skip
-CIFAR: dict[str, Any] = {"networks": 4, "channels": (64, 128, 256, 256, 256), "hidden": 512, "epochs": 30, "lr": 1e-3}
+CIFAR: dict[str, Any] = {"networks": 4, "epochs": 30, "lr": 1e-3}
+# Five convolutions, halved where the paper's networks are.
+CIFAR_NETWORK: dict[str, Any] = {
+    "channels": (64, 128, 256, 256, 256), "hidden": 512, "size": 32, "in_channels": 3, "halve": (1, 2, 5), "norm": True,
+}  # fmt: skip
 PENALTY = 0.03
 POINTS = 10  # penalties of a path
 STEPS = 1000  # of the paper's subgradient descent
@@ -135,31 +139,14 @@ def _cifar(ctx: Context) -> Subjects:
     models = {}
     for i in range(CIFAR["networks"]):
         seed = 1000 * ctx.seed + i
-        model = _alexnet_like(CIFAR["channels"], CIFAR["hidden"], seed).to(ctx.device)
+        model = small_cnn(**CIFAR_NETWORK, seed=seed).to(ctx.device)
         train_classifier(
             model, parts[0], parts[1], epochs=CIFAR["epochs"], lr=CIFAR["lr"], seed=seed, progress=ctx.progress,
             description=f"network {i + 1}", checkpoint=ctx.checkpoint / str(i),
         )  # fmt: skip
         models[f"network {i + 1}"] = model
-    count = len(CIFAR["channels"])
+    count = len(CIFAR_NETWORK["channels"])
     return Subjects(models, [*(f"conv{i + 1}" for i in range(count)), "fc"], count, *parts)
-
-
-def _alexnet_like(channels: tuple[int, ...], hidden: int, seed: int, classes: int = 10) -> nn.Sequential:
-    """Convolutions with ReLU, halved after the first, the second and the last, as the paper's networks are."""
-    with seeded(seed):
-        model, before, size = nn.Sequential(), 3, 32
-        for i, width in enumerate(channels, 1):
-            block = nn.Sequential(nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-            model.add_module(f"conv{i}", block)
-            if i in (1, 2, len(channels)):
-                model.add_module(f"pool{i}", nn.MaxPool2d(2))
-                size //= 2
-            before = width
-        model.add_module("flat", nn.Flatten())
-        model.add_module("fc", nn.Sequential(nn.Linear(before * size * size, hidden), nn.ReLU()))
-        model.add_module("head", nn.Linear(hidden, classes))
-    return model.eval()
 
 
 def _checkpoints(folder: Path, ctx: Context) -> tuple[dict[str, nn.Module], list[str]] | None:

@@ -17,6 +17,11 @@ from broadsheet.errors import InvalidInput
 from broadsheet.nn.padding import right_padded
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lies; the CPU for one without any."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """A batch as arguments of a forward pass.

@@ -253,15 +253,19 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, A
     raise InvalidInput("this submodule is called without any tensor: capture its output, or a submodule inside it")
 
 
-def _tensor_of(output: Any, name: str) -> Tensor:
-    """The main tensor of what a module gives: itself, a tuple's first, or a ModelOutput's first."""
+def main_tensor(output: Any) -> Tensor | None:
+    """The main tensor of what a module gives: itself, a tuple's first, or a ModelOutput's first; None without any."""
     if isinstance(output, Tensor):
         return output
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    for item in items:
-        if isinstance(item, Tensor):
-            return item
-    raise InvalidInput(f"{name!r} gives a {type(output).__name__} without a tensor: choose a submodule inside it")
+    return next((item for item in items if isinstance(item, Tensor)), None)
+
+
+def _tensor_of(output: Any, name: str) -> Tensor:
+    found = main_tensor(output)
+    if found is None:
+        raise InvalidInput(f"{name!r} gives a {type(output).__name__} without a tensor: choose a submodule inside it")
+    return found
 
 
 def _with_tensor(output: Any, new: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """One vector for each sample from what layers and encoders give: tensors, Hugging Face outputs, tokens, maps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from broadsheet.errors import InvalidInput
+from broadsheet.nn.hooks import main_tensor
 
 POOLS = ("mean", "first", "last", "flatten")
 Pool = str | Callable[..., Tensor] | None
@@ -40,17 +41,12 @@ def pooled(output: Any, pool: Pool, mask: Tensor | None = None) -> Float[Tensor,
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The main tensor of what a module gives."""
-    if isinstance(output, Tensor):
-        return output
+    """The main tensor of what a module gives; of a Hugging Face output its last hidden state."""
     named = getattr(output, "last_hidden_state", None)
-    if isinstance(named, Tensor):
-        return named
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    for item in items:
-        if isinstance(item, Tensor):
-            return item
-    raise InvalidInput(f"an output of type {type(output).__name__} without a tensor in it")
+    found = named if isinstance(named, Tensor) else main_tensor(output)
+    if found is None:
+        raise InvalidInput(f"an output of type {type(output).__name__} without a tensor in it")
+    return found
 
 
 def _pool(x: Tensor, pool: str, mask: Tensor | None) -> Tensor:

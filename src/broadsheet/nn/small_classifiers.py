@@ -17,9 +17,9 @@ from broadsheet.nn.training import TrainingReport, fit
 
 def small_cnn(
     channels: Sequence[int] = (32, 48, 64), hidden: int = 64, classes: int = 10, size: int = 8, in_channels: int = 1,
-    seed: int = 0,
+    seed: int = 0, halve: Sequence[int] = (2,), norm: bool = False,
 ) -> nn.Sequential:  # fmt: skip
-    """Convolutions of width 3 with ReLU, halved once after the second, one hidden dense layer, a linear head.
+    """Convolutions of width 3 with ReLU, maps halved in between, one hidden dense layer, a linear head.
 
     Args:
         channels: of the convolutions; their outputs (after ReLU) are the submodules ``conv1``, ``conv2``, ...
@@ -28,13 +28,16 @@ def small_cnn(
         size: height and width of the images.
         in_channels: of the images.
         seed: of the weights.
+        halve: numbers of the convolutions, from 1, behind which height and width are halved (``pool2``, ...).
+        norm: batch normalisation before each ReLU.
     """
     with seeded(seed):
         model, before = nn.Sequential(), in_channels
         for i, width in enumerate(channels, 1):
-            model.add_module(f"conv{i}", nn.Sequential(nn.Conv2d(before, width, 3, padding=1), nn.ReLU()))
-            if i == 2:
-                model.add_module("pool", nn.MaxPool2d(2))
+            between = [nn.BatchNorm2d(width)] if norm else []
+            model.add_module(f"conv{i}", nn.Sequential(nn.Conv2d(before, width, 3, padding=1), *between, nn.ReLU()))
+            if i in halve:
+                model.add_module(f"pool{i}", nn.MaxPool2d(2))
                 size //= 2
             before = width
         model.add_module("flat", nn.Flatten())

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from broadsheet.errors import CheckpointError, InvalidInput, TrainingDiverged
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.checkpoint import load_tree, save_tree
 from broadsheet.nn.progress import SILENT, Progress
 
@@ -206,7 +207,7 @@ def fit(
     }.items():
         if value < 1:
             raise InvalidInput(f"{name}={value}: must be at least 1")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     accelerator = _accelerator(device, mixed_precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if isinstance(batches, DataLoader) and accelerator.num_processes > 1:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.hooks import evaluating
 
 BATCH, TOKENS = 2, 5
@@ -26,7 +27,7 @@ def guess_inputs(module: nn.Module) -> tuple[Tensor, ...] | None:
     count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
     if not 1 <= count <= MOST:
         return None
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     with torch.no_grad(), evaluating(module):
         for example in _candidates(module):
             inputs = (example.to(device),) * count

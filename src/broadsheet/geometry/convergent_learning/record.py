@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
 from broadsheet.geometry.convergent_learning.statistics import ConvergentLearningWarning, UnitStatistics
-from broadsheet.nn.batches import by_position, model_inputs, unit_samples
+from broadsheet.nn.batches import by_position, device_of, model_inputs, unit_samples
 from broadsheet.nn.exemplars import RunningTopK
 from broadsheet.nn.hooks import capture, evaluating, expand
 from broadsheet.nn.progress import SILENT, Progress
@@ -132,7 +132,7 @@ class Recorder:
     def _take(self, batch: Any, seen: dict[str, dict[str, Tensor]], half: int | None) -> None:
         given, mask = model_inputs(batch), None
         for model in self.models.values():
-            moved = given.to(_device(model))
+            moved = given.to(device_of(model))
             moved.call(model)
             mask = moved.mask
         chosen = self._halves(given.n, half)
@@ -213,7 +213,3 @@ class Recorder:
             if len(stream.top) <= i:
                 stream.top.append(RunningTopK(flat.shape[-1], self.exemplars))
             stream.top[i].add(flat.amax(1), torch.arange(len(flat)) + self.samples)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

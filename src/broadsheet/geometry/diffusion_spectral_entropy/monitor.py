@@ -21,6 +21,7 @@ from broadsheet.geometry.diffusion_spectral_entropy.information import (
     diffusion_spectral_mutual_information,
     reference_clusters,
 )
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.hooks import capture, evaluating
 from broadsheet.nn.plotting import COLOURS, CYCLE, new_axes
 from broadsheet.nn.seeding import seeded
@@ -187,7 +188,7 @@ class RepresentationMonitor:
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, np.ndarray | None, Tensor | None, Tensor]:
         """Activations, labels, outputs and inputs of the whole loader."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         kept: dict[str, list[Tensor]] = {"activations": [], "labels": [], "outputs": [], "inputs": []}
         with evaluating(self.model), capture(self.model, self.layer) as seen:
             for batch in self.loader:

@@ -26,7 +26,7 @@ from broadsheet.geometry.neural_collapse import linear_head, metrics_of, nearest
 from broadsheet.geometry.neural_collapse.metrics import choose_target
 from broadsheet.geometry.neural_collapse.theory import Decay
 from broadsheet.nn.alignment import linear_cka
-from broadsheet.nn.batches import ModelInputs, class_labels, model_inputs, unit_samples
+from broadsheet.nn.batches import ModelInputs, class_labels, device_of, model_inputs, unit_samples
 from broadsheet.nn.hooks import Site, capture, evaluating
 from broadsheet.nn.moments import ClassMoments, PairMoments
 from broadsheet.nn.pooling import Pool, pooled
@@ -145,6 +145,8 @@ class TrainingMicroscope:
         self.reference_layers = other
         if not self.layers and not self.head:
             raise InvalidInput("no layers and no head: there is nothing to look at")
+        if input_clusters is not None and not entropy:
+            raise InvalidInput("input_clusters: DSMI(Z; X) is an entropy, and entropy=False")
         if max_points < 2:
             raise InvalidInput(f"max_points={max_points}: an entropy needs at least 2")
         for name, module, names in (("model", model, self.layers), ("reference", reference, other)):
@@ -187,7 +189,7 @@ class TrainingMicroscope:
         all_labels: list[Tensor] = []
         prints: list[Tensor] = []
         raw: list[Tensor] = []
-        right = seen = 0
+        right = judged = seen = 0
         device = device_of(self.model)
         with ExitStack() as stack:
             values = stack.enter_context(capture(self.model, sites))
@@ -204,23 +206,25 @@ class TrainingMicroscope:
                 n = given.n
                 prints.append(given.first.detach().double().flatten(1).sum(1).cpu())
                 if self._wants_inputs():
-                    raw.append(given.first.flatten(1).cpu())
+                    raw.append(given.first.flatten(1).cpu()[self._choose(seen, n)])
                 if classes is not None:
                     all_labels.append(classes.cpu())
                     logits = getattr(output, "logits", output)
                     if isinstance(logits, Tensor) and logits.ndim == 2:
                         right += int((logits.argmax(1).cpu() == classes.cpu()).sum())
+                        judged += n
                 for layer in layers:
                     self._gather(layer, values, others, given, classes, seen)
                 seen += n
         if seen == 0:
             raise InvalidInput("the loader gave no batches")
-        self._check_order(torch.cat(prints), raw)
+        self._check_order(torch.cat(prints), torch.cat(raw) if raw else None)
         labels = torch.cat(all_labels) if all_labels else None
         if self.collapse and labels is None:
             raise InvalidInput("the loader gives no labels: collapse=False, or batches (inputs, labels)")
-        accuracy = right / seen if labels is not None and right else (0.0 if labels is not None else math.nan)
-        return layers, labels, accuracy, self._agreement(layers)
+        if labels is not None and len(labels) != seen:
+            raise InvalidInput(f"{len(labels)} of {seen} samples have a label: all or none are expected")
+        return layers, labels, right / judged if judged else math.nan, self._agreement(layers)
 
     def _wants_inputs(self) -> bool:
         return self.input_clusters is not None and self._clusters is None
@@ -269,14 +273,12 @@ class TrainingMicroscope:
         here = (self._kept >= seen) & (self._kept < seen + n)
         return self._kept[here] - seen
 
-    def _check_order(self, fingerprint: Tensor, raw: list[Tensor]) -> None:
+    def _check_order(self, fingerprint: Tensor, inputs: Tensor | None) -> None:
         if self._print is None:
             self._print = fingerprint
-            if raw:
+            if inputs is not None:  # of the kept samples alone
                 assert self.input_clusters is not None
-                points = torch.cat(raw)
-                kept = points[self._kept] if self._kept is not None else points
-                self._clusters = reference_clusters(kept.double().numpy(), False, self.input_clusters, self.seed)
+                self._clusters = reference_clusters(inputs.double().numpy(), False, self.input_clusters, self.seed)
         elif self._print.shape != fingerprint.shape or not torch.allclose(self._print, fingerprint):
             raise InvalidInput(
                 "the loader gave other samples, or another order, than the first time: use shuffle=False"
@@ -425,10 +427,6 @@ def _convergence(pair: PairMoments) -> dict[str, float]:
     if len(matching.matched) == 0:
         return {"matched_correlation": math.nan, "cka": math.nan}
     return {"matched_correlation": matching.mean, "cka": linear_cka(pair)}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _positive(every: int) -> int:

@@ -32,7 +32,7 @@ class RelativeEncoder(nn.Module):
         anchors: the anchor samples, as the encoder reads them, or :class:`Anchors`.
         layer: how they are compared; None for plain cosines (no normalisation of the output).
         frozen: no gradients, evaluation mode always, anchors' latents kept. None: whatever has no weights to train.
-        pool: as in :func:`~broadsheet.geometry.relative_representations.pooling.pooled`.
+        pool: as in :func:`broadsheet.nn.pooling.pooled`.
         tokenizer: turns texts into the encoder's inputs; called as Hugging Face's.
         anchor_gradient: whether the loss moves the anchors' latents too; the paper holds them fixed in each step.
         passes: ``"one"`` for batch and anchors together, where that is allowed; ``"two"``; ``"auto"`` takes one for

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from broadsheet.errors import InvalidInput
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.blocks import BlockMap, block_map
 
 
@@ -191,7 +192,7 @@ def prompts(the_map: BlockMap, data: Any, attention_mask: Any = None) -> Prompts
         attention_mask: ``[batch, time]``, 1 for tokens, 0 for padding.
     """
     model = the_map.model
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if the_map.patches is not None:
         return _images(the_map, data, device)
     extra: dict[str, Any] = {}

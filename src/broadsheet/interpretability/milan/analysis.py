@@ -13,6 +13,7 @@ from broadsheet.errors import InvalidInput
 from broadsheet.interpretability.milan.descriptions import Descriptions
 from broadsheet.interpretability.milan.text import grammar, split_words
 from broadsheet.nn.ablation import Unit, ablated, ablation_curve
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.hooks import evaluating
 from broadsheet.nn.plotting import COLOURS, new_axes
 from broadsheet.nn.progress import SILENT, Progress
@@ -33,7 +34,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
         batches: pairs of inputs and labels, an iterable that can be gone through again.
     """
     right = total = 0
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with evaluating(model):
         for inputs, labels in batches:
             output = model(inputs.to(device))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from broadsheet.errors import InvalidInput
 from broadsheet.interpretability.milan.layers import as_maps
+from broadsheet.nn.batches import device_of
 from broadsheet.nn.checkpoint import load_tree, save_tree
 from broadsheet.nn.exemplars import RunningQuantile, RunningTopK, UpperTail
 from broadsheet.nn.hooks import capture, evaluating
@@ -210,7 +211,7 @@ def top_exemplars(
         InvalidInput: an unknown layer (with the nearest names), an output that is neither, pictures out of range, more
             exemplars than pictures, a unit that the layer does not have.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     prepare = preprocess or (lambda x: x)
 
     def maps(items: Tensor) -> tuple[Tensor, Any]:
